@@ -1,0 +1,67 @@
+# Every target installs what it lacks (scripts/setup.sh) and is quick when nothing is missing.
+# Needs make, and on Debian or Ubuntu nothing else; elsewhere Python 3.11 or newer and iproute2.
+# Variables: PYTHON=python3.12 (interpreter of a new .venv), ARGS="…" (passed on to demo, test or bench).
+
+SHELL   := /bin/sh
+VENV    := .venv/bin
+SETUP   := sh scripts/setup.sh
+PROGRAM := .venv/.program-ready
+DEV     := .venv/.dev-ready
+# Root runs as is; others through sudo, which must not leave root-owned files in the tree.
+ROOT    := $(if $(filter 0,$(shell id -u)),,sudo -n env PYTHONDONTWRITEBYTECODE=1)
+ARGS    ?=
+
+.DEFAULT_GOAL := build
+.DELETE_ON_ERROR:
+.PHONY: build demo test check bench lock clean help
+
+build: $(PROGRAM) ## set up; leaves the program at .venv/bin/mrelay (this is what `make` alone does)
+	@echo "ready: .venv/bin/mrelay"
+
+$(PROGRAM): pyproject.toml requirements.lock scripts/setup.sh
+	@$(SETUP) venv
+	@touch $@
+
+$(DEV): $(PROGRAM) requirements-dev.lock
+	@$(SETUP) dev
+	@touch $@
+
+demo: $(PROGRAM) ## source, relay and receivers in namespaces of their own, live
+	@$(SETUP) root ip ethtool smcrouted
+	@$(ROOT) $(VENV)/mrelay demo $(ARGS)
+
+test: $(DEV) ## all tests; those that build network namespaces run as root
+	@$(SETUP) root ip ethtool
+ifeq ($(ROOT),)
+	$(VENV)/pytest $(ARGS)
+else
+	$(VENV)/pytest -m "not netns" $(ARGS)
+	$(ROOT) $(VENV)/pytest -m netns -p no:cacheprovider $(ARGS)
+endif
+
+check: $(DEV) ## lint, format, types, and the tests that need no root
+	$(VENV)/ruff check
+	$(VENV)/ruff format --check
+	$(VENV)/mypy
+	$(VENV)/pytest -m "not netns" $(ARGS)
+
+bench: $(DEV) ## throughput and latency beside socat and kernel multicast routing
+	@$(SETUP) root ip ethtool socat smcrouted
+	@$(ROOT) $(VENV)/python bench/relay_bench.py $(ARGS)
+
+# The oldest Python we support resolves, so that one file serves all of them.
+COMPILE = CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/pip-compile --quiet --generate-hashes --allow-unsafe \
+	--strip-extras --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --upgrade
+
+lock: $(DEV) ## renew requirements.lock and requirements-dev.lock from pyproject.toml
+	@$(VENV)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+	  echo "error: lock with Python 3.11; remedy: make clean && make lock PYTHON=python3.11" >&2; exit 1; }
+	$(COMPILE) --build-deps-for editable -o requirements.lock pyproject.toml
+	$(COMPILE) --build-deps-for editable --extra dev -c requirements.lock -o requirements-dev.lock pyproject.toml
+
+clean: ## remove .venv and everything else that was built
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info
+	find src tests bench scripts -name __pycache__ -type d -exec rm -rf {} +
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 9

@@ -1,0 +1,183 @@
+#!/bin/sh
+# Puts in place what a make target needs, and nothing that is already there. The Makefile calls it:
+#   setup.sh venv                 the virtual environment with the program (.venv/bin/mrelay)
+#   setup.sh dev                  what testing and checking need, on top of `venv`
+#   setup.sh root COMMAND ...     a way to be root, and system commands (Debian packages if missing)
+# POSIX sh; never asks a question. PYTHON=/path/to/python3.x chooses the interpreter.
+set -eu
+
+cd "$(dirname "$0")/.."
+PATH=$PATH:/usr/sbin:/sbin # where Debian keeps ethtool and smcrouted, absent from a user's PATH
+venv=.venv
+oldest='(3, 11)' # requires-python in pyproject.toml
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+
+# fail PROBLEM REMEDY
+fail() {
+    printf 'setup: error: %s\n  remedy: %s\n' "$1" "$2" >&2
+    exit 1
+}
+
+have() { command -v "$1" >/dev/null 2>&1; }
+
+# ---- Debian packages ---------------------------------------------------------------------------
+
+as_root() {
+    if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo -n "$@"; fi
+}
+
+# need_root WHAT COMMAND: end with the remedy unless WHAT, which is COMMAND, can run as root.
+need_root() {
+    [ "$(id -u)" -eq 0 ] && return
+    have sudo || fail "$1 needs root, and there is no sudo" "as root: $2"
+    sudo -n true 2>/dev/null || fail "$1 needs root, sudo wants a password, and set-up never asks" \
+        "run 'sudo -v' first, then make again; or as root: $2"
+}
+
+# can_install PACKAGES: end with the remedy unless apt-get and the privilege for it are there.
+can_install() {
+    have apt-get || fail "$1 missing, and this system has no apt-get" \
+        "install what is missing with your own package manager, then run make again"
+    need_root "installing $1" "apt-get install $1"
+}
+
+# quietly COMMAND ...: show what it printed only when it fails.
+quietly() {
+    log=$(mktemp)
+    status=0
+    "$@" </dev/null >"$log" 2>&1 || status=$?
+    [ "$status" -eq 0 ] || cat "$log" >&2
+    rm -f "$log"
+    return "$status"
+}
+
+apt_update() {
+    quietly as_root apt-get update -q || say "apt-get update failed; going on with the package lists at hand"
+}
+
+# apt_install PACKAGE ...
+apt_install() {
+    can_install "$*"
+    say "installing Debian packages: $*"
+    apt_update
+    quietly as_root env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends "$@" ||
+        fail "apt-get could not install: $*" \
+            "read apt's message above; check the network and /etc/apt/sources.list, then run make again"
+}
+
+# package_of COMMAND: the Debian package that holds it.
+package_of() {
+    case $1 in
+        ip | bridge | tc) echo iproute2 ;;
+        smcrouted) echo smcroute ;;
+        *) echo "$1" ;;
+    esac
+}
+
+install_tools() {
+    missing=''
+    for tool in "$@"; do
+        have "$tool" || missing="$missing $(package_of "$tool")"
+    done
+    [ -n "$missing" ] || return 0
+    # shellcheck disable=SC2086  # a list of package names
+    apt_install $missing
+    case $missing in *smcroute*) silence_smcroute ;; esac
+}
+
+# Debian starts smcrouted on the host with its package; we want the command, not a multicast router
+# here. Only reached when this run installed the package, so nobody's own service is stopped.
+silence_smcroute() {
+    [ -d /run/systemd/system ] || return 0
+    as_root systemctl disable --quiet --now smcroute.service smcroute-helper.service || true
+    say "smcroute's own service is left disabled"
+}
+
+# ---- Python ------------------------------------------------------------------------------------
+
+# A command may be there and still not run (a pyenv shim of a version that is not selected).
+new_enough() { "$1" -c "import sys; sys.exit(sys.version_info < $oldest)" 2>/dev/null; }
+
+find_python() {
+    for candidate in ${PYTHON:-python3 /usr/bin/python3 python3.13 python3.12 python3.11}; do
+        if new_enough "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    return 1
+}
+
+# Debian's own `python3` if that will do, else a newer one beside it (Ubuntu 22.04 has 3.11).
+install_python() {
+    have python3 || apt_install python3 python3-venv
+    find_python >/dev/null && return
+    can_install python3.11
+    say "$(python3 --version 2>&1) is too old; asking apt for a newer one"
+    apt_update
+    for version in 3.13 3.12 3.11; do
+        apt-cache show "python$version-venv" >/dev/null 2>&1 || continue
+        apt_install "python$version" "python$version-venv"
+        return
+    done
+    fail "Python 3.11 or newer is needed; here is $(python3 --version 2>&1), and apt has none newer" \
+        "install one (python.org, pyenv, deadsnakes) and run: make PYTHON=/path/to/python3.x"
+}
+
+chosen_python() {
+    find_python && return
+    [ -z "${PYTHON:-}" ] || fail "PYTHON=$PYTHON is not a working Python 3.11 or newer" \
+        "give the path of another one, or leave PYTHON out"
+    install_python
+    find_python || fail "the Python just installed does not run" "see the messages above"
+}
+
+# Debian splits ensurepip off into pythonX.Y-venv; elsewhere it is part of Python.
+need_ensurepip() {
+    "$1" -c 'import ensurepip, venv' 2>/dev/null && return
+    real=$("$1" -c 'import os, sys; print(os.path.realpath(sys.executable))')
+    case $real in
+        /usr/bin/python3*) apt_install "${real##*/}-venv" ;;
+        *) fail "$real lacks the ensurepip or venv module" \
+            "use another Python: make PYTHON=/usr/bin/python3" ;;
+    esac
+}
+
+make_venv() {
+    new_enough $venv/bin/python && $venv/bin/python -m pip --version >/dev/null 2>&1 && return
+    python=$(chosen_python)
+    need_ensurepip "$python"
+    say "making $venv with $("$python" --version) ($python)"
+    "$python" -m venv --clear $venv || fail "could not make $venv" "see Python's message above"
+}
+
+pip_install() {
+    PIP_NO_INPUT=1 $venv/bin/python -m pip install --quiet --disable-pip-version-check "$@" >&2 ||
+        fail "pip could not install the packages" "read pip's message above; it needs pypi.org: behind \
+a proxy set HTTPS_PROXY (and PIP_CERT if it has its own certificate), with a mirror PIP_INDEX_URL"
+}
+
+# Only wheels: no compiler needed, and no package's set-up code is run.
+install_locked() {
+    say "installing $(grep -c '==' "$1") locked packages ($1)"
+    pip_install --require-hashes --only-binary :all: -r "$1"
+}
+
+# ---- what make asks for ------------------------------------------------------------------------
+
+case ${1:-} in
+    venv)
+        make_venv
+        install_locked requirements.lock
+        say "building mrelay"
+        pip_install --no-deps --no-build-isolation --no-index --editable .
+        ;;
+    dev) install_locked requirements-dev.lock ;;
+    root)
+        shift
+        need_root "this target" "the same make command"
+        install_tools "$@"
+        ;;
+    *) fail "setup.sh does not know '${1:-}'" "use make; 'make help' lists the targets" ;;
+esac

@@ -1,0 +1,267 @@
+"""The command line: what commands there are, and how they fail.
+
+Owns the table of commands (where each lives, one-line help, examples) and `main`, which the `mrelay`
+script and `python -m mrelay` call. Nothing here blocks. A command's module is imported only when that
+command runs, so `mrelay --help` and the client commands stay quick; keep it so.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Final, NamedTuple, NoReturn
+
+from cyclopts import App, CycloptsError, Group, Parameter, UnknownCommandError
+
+from mrelay import __version__
+from mrelay.cli.failure import FAILED, INTERRUPTED, USAGE, Failure
+
+
+class Command(NamedTuple):
+    """One command: `help` starts with the line that lists show; `examples` are whole command lines."""
+
+    name: str
+    where: str
+    group: Group
+    help: str
+    examples: tuple[str, ...]
+
+
+RUN: Final = Group.create_ordered("Run the relay")
+READ: Final = Group.create_ordered("Look at a running relay")
+CHANGE: Final = Group.create_ordered("Change a running relay")
+TEST: Final = Group.create_ordered("Test the network")
+SHELL: Final = Group.create_ordered("Shell")
+
+COMMANDS: Final = (
+    Command(
+        "run",
+        "mrelay.cli.run:run",
+        RUN,
+        "Run the relay in the foreground; prints 'ready' once it forwards.\n\n"
+        "Logs go to stderr. A rule whose interface is missing waits for it and does not hold up 'ready'. "
+        "Needs root or the relay's capabilities: exit 77 when they are missing, 78 when the file is wrong.",
+        (
+            "mrelay run --config /etc/mrelay/relay.toml",
+            "mrelay run --config lab.toml --workers 0,2 --socket /tmp/lab.sock --state-dir /tmp/lab",
+        ),
+    ),
+    Command(
+        "check",
+        "mrelay.cli.check:check",
+        RUN,
+        "Validate a config file and say what it would join and send.\n\n"
+        "Lists every error at once. Warnings tell what would keep it from working on this host; they do not "
+        "fail the check. Exit 0 when the file is valid, 1 when not.",
+        ("mrelay check /etc/mrelay/relay.toml", "mrelay check --json relay.toml"),
+    ),
+    Command(
+        "doctor",
+        "mrelay.cli.doctor:doctor",
+        RUN,
+        "Check this host: kernel, io_uring, capabilities, sysctls, offloads.\n\n"
+        "Each finding says what follows from it and the command that changes it. Exit 1 if anything is bad.",
+        ("mrelay doctor", "sudo mrelay doctor --json"),
+    ),
+    Command(
+        "flows",
+        "mrelay.cli.tables:flows",
+        READ,
+        "Show the streams seen on the wire and where each one goes.",
+        ("mrelay flows", "mrelay flows --watch --every 2", "mrelay flows --json"),
+    ),
+    Command(
+        "stats",
+        "mrelay.cli.tables:stats",
+        READ,
+        "Show what came in, what went out by rule, and what was dropped and why.\n\n"
+        "All counts are of datagrams. Every datagram received is either matched by a rule or counted under "
+        "exactly one drop reason: received = matched + all drops.",
+        ("mrelay stats", "mrelay stats --watch", "mrelay stats --json"),
+    ),
+    Command(
+        "workers",
+        "mrelay.cli.tables:workers",
+        READ,
+        "Show the workers: core, state, restarts, load.",
+        ("mrelay workers", "mrelay workers --watch --every 5"),
+    ),
+    Command(
+        "apply",
+        "mrelay.cli.rules:apply",
+        CHANGE,
+        "Make the running rules equal a file's, and show the difference.\n\n"
+        "Rules that stay the same are not disturbed. Lines start with + (added), - (removed) or ~ (changed). "
+        "Only rules are applied; settings under [relay] are read when the relay starts.",
+        ("mrelay apply --dry-run relay.toml", "mrelay apply relay.toml"),
+    ),
+    Command(
+        "save",
+        "mrelay.cli.rules:save",
+        CHANGE,
+        "Write the running rules to a file, its comments and order kept.\n\n"
+        "Without FILE the rules are printed. The file is replaced whole or not at all.",
+        ("mrelay save", "mrelay save /etc/mrelay/relay.toml"),
+    ),
+    Command(
+        "send",
+        "mrelay.cli.traffic:send",
+        TEST,
+        "Send a test stream whose datagrams carry sequence numbers and timestamps.",
+        ("mrelay send eth0:239.1.1.1:5000", "mrelay send --help"),
+    ),
+    Command(
+        "receive",
+        "mrelay.cli.traffic:receive",
+        TEST,
+        "Receive a test stream; report loss, reordering, duplicates and latency.",
+        ("mrelay receive eth1:239.2.2.2:6000", "mrelay receive --help"),
+    ),
+    Command(
+        "demo",
+        "mrelay.demo.command:demo",
+        TEST,
+        "Show a source, a relay and receivers at work in namespaces of their own.",
+        ("sudo mrelay demo", "sudo mrelay demo --help"),
+    ),
+    Command(
+        "completion",
+        "mrelay.cli.shell:completion",
+        SHELL,
+        "Print the completion script for a shell.",
+        (
+            "mrelay completion bash > /etc/bash_completion.d/mrelay",
+            "mrelay --install-completion",
+        ),
+    ),
+)
+
+RULE_COMMANDS: Final = (
+    Command(
+        "add",
+        "mrelay.cli.rules:add",
+        CHANGE,
+        "Add a rule to the running relay.\n\n"
+        "An endpoint is IFACE:[SOURCE@]ADDRESS:PORT, IPv6 addresses in brackets, options after commas. "
+        "Input: vlan=N. Output: ttl=N, source=egress|keep|ADDRESS, dscp=N; * keeps the input's address or "
+        "port. The relay keeps its rules over a restart; 'mrelay save FILE' writes them to a config file.",
+        (
+            "mrelay rule add studio-a --from eth0:239.1.1.1:5000 --to eth1:239.2.2.2:6000",
+            "mrelay rule add b --from eth0:10.1.1.9@232.1.1.1:5000 --to 'eth1:*:*' --to wg0:10.9.0.2:6000",
+        ),
+    ),
+    Command(
+        "remove",
+        "mrelay.cli.rules:remove",
+        CHANGE,
+        "Remove a rule from the running relay. The others keep forwarding.",
+        ("mrelay rule remove studio-a",),
+    ),
+    Command(
+        "list",
+        "mrelay.cli.rules:list_rules",
+        READ,
+        "List the running rules and the state of each.",
+        ("mrelay rule list", "mrelay rule list --watch", "mrelay rule list --json"),
+    ),
+)
+
+TOP_EXAMPLES: Final = (
+    "mrelay check relay.toml",
+    "sudo mrelay run --config relay.toml",
+    "mrelay rule add a --from eth0:239.1.1.1:5000 --to eth1:239.2.2.2:6000",
+    "mrelay flows --watch",
+)
+
+HELP: Final = (
+    "Relay multicast UDP streams to other interfaces, groups, ports and hosts.\n\n"
+    "Commands that talk to a running relay find it by --socket or MRELAY_SOCKET "
+    "(default /run/mrelay/control.sock). Exit codes: 0 done, 1 failed, 2 wrong usage, 77 not permitted, "
+    "78 wrong config file, 130 interrupted."
+)
+
+
+def _examples(lines: Sequence[str]) -> str:
+    return "\n".join(["Examples:", *(f"  {line}" for line in lines)])
+
+
+def _usage_error(error: CycloptsError) -> str:
+    chain = error.command_chain or ()
+    said = _unknown_command(error) if isinstance(error, UnknownCommandError) else str(error).strip()
+    return f"{said.rstrip('.')}{'' if said.endswith('?') else '.'} See '{' '.join(['mrelay', *chain])} --help'."
+
+
+def _unknown_command(error: UnknownCommandError) -> str:
+    """cyclopts's own words for it would import every command."""
+    known = RULE_COMMANDS if error.command_chain else COMMANDS
+    word = (error.unused_tokens or [""])[0]
+    near = difflib.get_close_matches(word, [command.name for command in known] + ["rule"], 1)
+    return f"there is no command '{word}'" + (f"; did you mean '{near[0]}'?" if near else "")
+
+
+def _register(parent: App, commands: Sequence[Command]) -> None:
+    for command in commands:
+        parent.command(
+            command.where,
+            name=command.name,
+            group=command.group,
+            help=command.help,
+            help_epilogue=_examples(command.examples),
+        )
+
+
+def _build() -> App:
+    top = App(
+        name="mrelay",
+        help=HELP,
+        version=f"mrelay {__version__}",
+        help_format="plaintext",
+        help_epilogue=_examples(TOP_EXAMPLES),
+        default_parameter=Parameter(negative=(), show_default=lambda value: value if value is not False else None),
+        print_error=False,  # `main` prints and exits, for these and all other failures
+        exit_on_error=False,
+        result_action="return_value",
+        suppress_keyboard_interrupt=False,
+    )
+    rule = App(
+        name="rule",
+        help="Add, remove and list the running rules.",
+        group=CHANGE,
+        help_epilogue=_examples([command.examples[0] for command in RULE_COMMANDS]),
+    )
+    _register(rule, RULE_COMMANDS)
+    _register(top, COMMANDS)
+    top.command(rule)
+    top.register_install_completion_command(
+        group=SHELL,
+        help="Install completion for your shell.",
+        help_epilogue=_examples(["mrelay --install-completion --shell bash"]),
+    )
+    return top
+
+
+app: Final = _build()
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command line (default: the process's) and exit with its status."""
+    try:
+        result = app(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()  # here, where a closed pipe can still be answered
+    except CycloptsError as error:
+        _quit([_usage_error(error)], USAGE)
+    except Failure as failure:
+        _quit(failure.lines, failure.status)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        # The reader (`| head`) has gone. Without this the interpreter's own flush at exit complains.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(FAILED)
+    sys.exit(result if isinstance(result, int) else 0)
+
+
+def _quit(lines: Sequence[str], status: int) -> NoReturn:
+    for line in lines:
+        print(f"mrelay: {line}", file=sys.stderr)
+    sys.exit(status)

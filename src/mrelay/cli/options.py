@@ -1,0 +1,24 @@
+"""Options that several commands share, so that each has one name, one help text and one default."""
+
+from pathlib import Path
+from typing import Annotated, Final
+
+from cyclopts import Parameter, validators
+
+DEFAULT_SOCKET: Final = Path("/run/mrelay/control.sock")
+
+Socket = Annotated[
+    Path,
+    Parameter(name="--socket", env_var="MRELAY_SOCKET", metavar="PATH", help="The relay's control socket."),
+]
+AsJson = Annotated[bool, Parameter(name="--json", help="Print JSON for programs.")]
+Watch = Annotated[bool, Parameter(name="--watch", help="Keep the table live until Ctrl-C.")]
+Every = Annotated[
+    float,
+    Parameter(
+        name="--every",
+        metavar="SECONDS",
+        validator=validators.Number(gte=0.1, lte=3600),
+        help="With --watch: seconds between refreshes, 0.1 to 3600.",
+    ),
+]

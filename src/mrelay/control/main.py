@@ -1,0 +1,262 @@
+"""The control process from its first message to its last.
+
+Owns bring-up, the event loop, and what becomes of each of the supervisor's messages. Started as
+`python -m mrelay.control FD UID GID` with the channel to the supervisor (see child.py); exits 0 after Stop,
+78 for a config that can't be used, 1 for everything else. Nothing blocks the loop after bring-up.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import Coroutine
+from typing import Any
+
+from mrelay.child import settle
+from mrelay.control import preload  # noqa: F401  for its effect
+from mrelay.control.api import Server, create_app
+from mrelay.control.links import LinkTable, LinkWatcher
+from mrelay.control.reconcile import Reconciler
+from mrelay.control.relay import Relay
+from mrelay.control.rulebook import Rulebook, merge
+from mrelay.control.sampler import Sampler
+from mrelay.control.settings import choose_cores, override
+from mrelay.control.state import State, StateFile
+from mrelay.control.stats import Stats
+from mrelay.control.supervisor import Event, RequestFailed, Supervisor
+from mrelay.control.want import UP, Gro
+from mrelay.control.workers import Workers
+from mrelay.messages import BadMessage, Held, OpenEgress, Reload, Setup, Stop, WorkerDown, WorkerUp
+from mrelay.model.config import Config, load_config
+from mrelay.model.issue import ConfigError
+
+log = logging.getLogger(__name__)
+
+WORKERS_DEADLINE = 10.0  # seconds for all workers to come up before we go on with those that did
+EX_CONFIG = 78  # sysexits.h
+
+
+class Control:
+    """Everything there is one of. `serve` is the life of the process."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[int] = loop.create_future()
+        self._setup: asyncio.Future[tuple[Setup, list[int]]] = loop.create_future()
+        self._held: list[Held] = []
+        self._all_held = asyncio.Event()
+        self._worker_up = asyncio.Event()
+        self._setup_message: Setup | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._reconciler: Reconciler | None = None
+        self._relay: Relay | None = None
+        self._server: Server | None = None
+        self.workers = Workers(self._on_worker_up, self._on_end)
+        self.supervisor = Supervisor(sock, self._on_event, self._on_end)
+
+    # ---- events -----------------------------------------------------------------------------------
+
+    def _on_event(self, event: Event, fds: list[int]) -> None:
+        match event:
+            case Setup():
+                self._on_setup(event, fds)
+            case Held():
+                self._held.append(event)
+                self._check_held()
+            case WorkerUp():
+                self.workers.up(event, fds)
+            case WorkerDown():
+                self.workers.down(event)
+            case Reload():
+                self._spawn(self._reload(event, fds))
+            case Stop():
+                self._end(0)
+
+    def _on_setup(self, setup: Setup, fds: list[int]) -> None:
+        if self._setup.done() or len(fds) != (1 if setup.config is None else 2):
+            raise BadMessage(f"Setup with {len(fds)} descriptors, or a second one")
+        self._setup_message = setup
+        self._setup.set_result((setup, fds))
+        self._check_held()
+
+    def _check_held(self) -> None:
+        if self._setup_message and len(self._held) >= self._setup_message.have:
+            self._all_held.set()
+
+    def _on_worker_up(self) -> None:
+        self._worker_up.set()
+        if self._reconciler:
+            self._reconciler.trigger()
+
+    def _on_end(self, error: BadMessage | None) -> None:
+        log.error("the supervisor is gone" if error is None else f"bad message: {error}")
+        self._end(1)
+
+    def _end(self, status: int) -> None:
+        if not self._ended.done():
+            self._ended.set_result(status)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """A task whose failure ends the process; the supervisor starts another."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.critical("control failed", exc_info=error)
+            self._end(1)
+
+    # ---- life ---------------------------------------------------------------------------------------
+
+    async def serve(self) -> int:
+        """Bring up, serve, and return the exit status."""
+        self._spawn(self._bring_up())
+        status = await self._ended
+        if self._server and status == 0:
+            await self._server.stop()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        return status
+
+    async def _bring_up(self) -> None:
+        try:
+            await self._start()
+        except ConfigError as error:
+            for issue in error.issues:
+                print(issue, file=sys.stderr, flush=True)
+            self._end(EX_CONFIG)
+        except (RequestFailed, OSError) as error:
+            log.critical("cannot start: %s", error)
+            self._end(1)
+
+    async def _start(self) -> None:
+        setup, fds = await self._setup
+        await self._all_held.wait()
+        held = [message.what for message in self._held]
+        book = await self._load(setup, StateFile(fds[0]), fds[1:])
+        relay = book.relay
+        file = "command line" if setup.workers is not None else setup.config or ""
+        cores = choose_cores(relay.workers, os.sched_getaffinity(0), file)
+        links = LinkTable(what for what in held if isinstance(what, OpenEgress))
+        gro = Gro(relay.gro, relay.ring_slots)
+        self._reconciler = Reconciler(self.supervisor, self.workers, links, book, settings=gro, held=held)
+        await self._watch(links, self._reconciler)
+        await self._start_workers(cores, relay.flow_limit, restarted=setup.restarted)
+        await self._wait_for_workers(len(cores))
+        self._spawn(self._reconciler.run())
+        sampler = Sampler(self.workers)
+        self._spawn(sampler.run())
+        stats = Stats(self.workers, book, links, self._reconciler, sampler)
+        self._relay = Relay(book, self._reconciler, self.workers, stats)
+        await self._reconciler.settled()
+        await self._serve_api(self._relay, int(relay.socket_mode, 8), relay.socket_group)
+        self._relay.ready = True
+        self.supervisor.ready(self._status())
+
+    async def _load(self, setup: Setup, file: StateFile, config_fds: list[int]) -> Rulebook:
+        """The rules and settings to start with: what ran last, merged with the config file's edits."""
+        saved = await asyncio.to_thread(file.load)
+        config = await self._first_config(setup, saved, config_fds)
+        old = saved or State()
+        # A restarted control goes on with the slots and settings that the relay runs with.
+        relay = override(config.relay, setup.engine, setup.workers)
+        kept = old if setup.restarted and saved else State(old.rules, old.file_rules, relay=relay)
+        book = Rulebook(kept, file, self.workers.read_rule, self.workers.read_link)
+        rules = merge(kept.rules, kept.file_rules, config.rules)
+        state = book.checked(rules, config.rules, setup.config or "")
+        try:
+            await book.change(state)
+        except OSError as error:
+            log.error("cannot write the state file: %s; rules can't be changed until that is cured", error)
+            book.adopt(state)
+        return book
+
+    async def _first_config(self, setup: Setup, saved: State | None, fds: list[int]) -> Config:
+        """The config file; a restarted control, whose relay forwards, does without a file that went bad."""
+        try:
+            return await _read_config(setup.config, fds)
+        except ConfigError as error:
+            if not setup.restarted or saved is None:
+                raise
+            _log_issues(error)
+            return Config(relay=saved.relay, rules=saved.file_rules)
+
+    async def _watch(self, links: LinkTable, reconciler: Reconciler) -> None:
+        filled = asyncio.Event()
+        self._spawn(LinkWatcher(links, reconciler.links_changed).run(filled))
+        await filled.wait()
+
+    async def _start_workers(self, cores: tuple[int, ...], flow_limit: int, *, restarted: bool) -> None:
+        try:
+            await self.supervisor.start_workers(cores, flow_limit)
+        except RequestFailed as error:
+            if not restarted:
+                raise
+            log.error("going on with the workers that run: %s", error)
+
+    async def _wait_for_workers(self, count: int) -> None:
+        try:
+            async with asyncio.timeout(WORKERS_DEADLINE):
+                while len(self.workers.live()) < count:
+                    self._worker_up.clear()
+                    await self._worker_up.wait()
+        except TimeoutError:
+            log.error("only %d of %d workers came up; going on", len(self.workers.live()), count)
+
+    async def _serve_api(self, relay: Relay, mode: int, group: str | None) -> None:
+        fd = await self.supervisor.listen(mode, group)
+        self._server = Server(create_app(relay), socket.socket(fileno=fd))
+        self._spawn(self._server.run_here())
+
+    def _status(self) -> str:
+        states = [rule["state"] for rule in self._relay.rules()["rules"]] if self._relay else []
+        return f"{states.count(UP)} of {len(states)} rules up, {len(self.workers.live())} workers"
+
+    async def _reload(self, event: Reload, fds: list[int]) -> None:
+        if self._relay is None or self._setup_message is None:
+            log.warning("reload: still starting, nothing changed")
+        elif event.problem or not fds:
+            log.error("reload: %s; nothing changed", event.problem or "there is no config file")
+        else:
+            name = self._setup_message.config or ""
+            try:
+                config = await _read_config(name, fds)
+                await self._relay.reload(config.rules, name)
+                log.info("reload: %s", self._status())
+            except ConfigError as error:
+                _log_issues(error)
+            except OSError as error:
+                log.error("reload: cannot read the file or write the state: %s; nothing changed", error)
+
+
+async def _read_config(name: str | None, fds: list[int]) -> Config:
+    """The config in an open file; an empty one when there is no file."""
+    if name is None or not fds:
+        return Config()
+    text = await asyncio.to_thread(_read_all, fds[0])
+    return await asyncio.to_thread(load_config, text, name)
+
+
+def _read_all(fd: int) -> str:
+    with os.fdopen(fd, "rb") as file:
+        return file.read().decode(errors="replace")
+
+
+def _log_issues(error: ConfigError) -> None:
+    for issue in error.issues:
+        log.error("%s", issue)
+    log.error("config not taken, nothing changed")
+
+
+async def _run(sock: socket.socket) -> int:
+    return await Control(sock).serve()
+
+
+def main() -> int:
+    """Run until told to stop; the exit status."""
+    channel = settle("control")
+    return asyncio.run(_run(channel.sock))

@@ -1,0 +1,73 @@
+"""The counters for Prometheus. Owns the metrics' names; called by api, in a thread. Nothing here blocks."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+Table = dict[str, Any]
+
+
+class _Collector(Collector):
+    """Metrics from the objects that /v1/stats, /v1/workers and /v1/rules give."""
+
+    def __init__(self, stats: Table, workers: Table, rules: Table) -> None:
+        self._stats, self._workers, self._rules = stats, workers, rules
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats
+        yield CounterMetricFamily(
+            "mrelay_received_datagrams", "Datagrams to an address that a rule names.", value=stats["received"]
+        )
+        yield CounterMetricFamily(
+            "mrelay_matched_datagrams", "Datagrams that at least one rule took.", value=stats["matched"]
+        )
+        dropped = CounterMetricFamily(
+            "mrelay_dropped_datagrams", "Datagrams received and not matched, by reason.", labels=["reason"]
+        )
+        for reason, count in stats["drops"].items():
+            dropped.add_metric([reason], count)
+        yield dropped
+        yield from self._by_rule()
+        yield from self._by_output()
+        yield GaugeMetricFamily("mrelay_flows", "Flows in the workers' tables.", value=stats["flows"])
+        restarts = CounterMetricFamily("mrelay_worker_restarts", "Restarts of a worker.", labels=["worker"])
+        for worker in self._workers["workers"]:
+            restarts.add_metric([str(worker["worker"])], worker["restarts"])
+        yield restarts
+
+    def _by_rule(self) -> Iterator[Metric]:
+        packets = CounterMetricFamily("mrelay_rule_packets", "Datagrams that a rule took.", labels=["rule"])
+        octets = CounterMetricFamily("mrelay_rule_bytes", "Payload bytes that a rule took.", labels=["rule"])
+        for rule in self._stats["rules"]:
+            packets.add_metric([rule["name"]], rule["packets"])
+            octets.add_metric([rule["name"]], rule["bytes"])
+        up = GaugeMetricFamily("mrelay_rule_up", "1 when all of a rule is up.", labels=["rule"])
+        for rule in self._rules["rules"]:
+            up.add_metric([rule["name"]], rule["state"] == "up")
+        yield from (packets, octets, up)
+
+    def _by_output(self) -> Iterator[Metric]:
+        families = {
+            "packets": "Datagrams that an output handed to the kernel.",
+            "bytes": "Payload bytes that an output handed to the kernel.",
+            "errors": "Datagrams that the kernel refused from an output.",
+        }
+        for key, text in families.items():
+            family = CounterMetricFamily(f"mrelay_output_{key}", text, labels=["rule", "output"])
+            for rule in self._stats["rules"]:
+                for output in rule["outputs"]:
+                    family.add_metric([rule["name"], output["to"]], output[key])
+            yield family
+
+
+def exposition(stats: Table, workers: Table, rules: Table) -> bytes:
+    """The text that Prometheus scrapes."""
+    registry = CollectorRegistry()
+    registry.register(_Collector(stats, workers, rules))
+    return generate_latest(registry)

@@ -1,0 +1,167 @@
+"""Makes what there is equal to what the rules want: want minus have, in an order that loses no frame.
+
+Owns what is open (`have`), what failed, and the one task that changes either. First what a rule needs to
+run, then the rule in every worker, then the memberships that bring its packets; removals the other way
+round. Called by main, rulebook and api, which only trigger it and may wait for it. Nothing blocks.
+"""
+
+import asyncio
+import errno
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+
+from mrelay.control.links import LinkTable
+from mrelay.control.rulebook import Rulebook
+from mrelay.control.supervisor import RequestFailed, Supervisor
+from mrelay.control.want import (
+    UP,
+    EgressIds,
+    Gro,
+    RulePlan,
+    in_force,
+    output_state,
+    plan_rules,
+    resources,
+    rule_state,
+)
+from mrelay.control.workers import Workers
+from mrelay.messages import HoldUnicast, JoinGroup, OpenEgress, OpenIngress, PutRule, Resource, SetGro
+
+log = logging.getLogger(__name__)
+
+BACK_OFF = 5.0  # seconds until what failed is tried again, unless a link changes first
+
+
+class Reconciler:
+    """`plans`, `failed` and `running` (the rules in force) are the outcome of the last pass, to be shown."""
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        workers: Workers,
+        links: LinkTable,
+        book: Rulebook,
+        *,
+        settings: Gro,
+        held: Iterable[Resource] = (),
+    ) -> None:
+        self._supervisor, self._workers, self._links, self._book = supervisor, workers, links, book
+        self._settings = settings
+        self._have = set(held)
+        self._ids = EgressIds(what for what in self._have if isinstance(what, OpenEgress))
+        self._wake = asyncio.Event()
+        self._waiting: list[asyncio.Future[None]] = []
+        self._states: dict[str, str] = {}
+        self._refused: set[Resource] = set()  # GRO and held ports: done without, retried when a link changes
+        self.plans: list[RulePlan] = []
+        self.failed: dict[Resource, str] = {}
+        self.running: list[PutRule] = []
+
+    def trigger(self) -> None:
+        """Something changed: look again soon."""
+        self._wake.set()
+
+    def links_changed(self) -> None:
+        """The same, and what was refused for good may now be had."""
+        self._refused.clear()
+        self._wake.set()
+
+    async def settled(self) -> None:
+        """Wait for a whole pass that starts from now on."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(future)
+        self._wake.set()
+        await future
+
+    async def run(self) -> None:
+        """Reconcile until cancelled, one pass at a time; triggers meanwhile make one more pass."""
+        while True:
+            await self._woken()
+            self._wake.clear()
+            waiting, self._waiting = self._waiting, []
+            await self._reconcile()
+            for future in waiting:
+                if not future.done():
+                    future.set_result(None)
+
+    async def _woken(self) -> None:
+        try:
+            await asyncio.wait_for(self._wake.wait(), BACK_OFF if self.failed else None)
+        except TimeoutError:
+            log.debug("trying again what failed")
+
+    async def _reconcile(self) -> None:
+        plans = plan_rules(self._book.rules, self._book.slots, self._links, self._ids, self._settings)
+        wanted = resources(plans)
+        self.failed = {what: problem for what, problem in self.failed.items() if what in wanted}
+        self._refused &= wanted
+        await self._grant({what for plan in plans for what in plan.early()})
+        running = [(plan, put) for plan in plans if (put := in_force(plan, self.failed))]
+        joins = {join for plan, _ in running for join in plan.joins}
+        await self._release(what for what in self._have if isinstance(what, JoinGroup) and what not in joins)
+        await self._workers.put({put.rule: put for _, put in running})
+        await self._grant(joins)
+        await self._release(self._have - wanted)
+        self._ids.keep({what.output for what in self._have | wanted if isinstance(what, OpenEgress)})
+        self.plans, self.running = plans, [put for _, put in running]
+        self._tell()
+
+    async def _grant(self, wanted: Iterable[Resource]) -> None:
+        missing = [what for what in wanted if what not in self._have and what not in self._refused]
+        await asyncio.gather(*map(self._grant_one, sorted(missing, key=_rank)))
+
+    async def _grant_one(self, what: Resource) -> None:
+        try:
+            await self._supervisor.grant(what)
+        except RequestFailed as error:
+            self._grant_failed(what, error)
+        else:
+            self._have.add(what)
+            self.failed.pop(what, None)
+
+    def _grant_failed(self, what: Resource, error: RequestFailed) -> None:
+        if isinstance(what, SetGro):
+            level = logging.WARNING if self._settings.gro is True else logging.INFO
+            log.log(level, "%s: no UDP GRO forwarding, slower but right: %s", what.ifname, error)
+            self._refused.add(what)
+        elif isinstance(what, HoldUnicast) and error.errno == errno.EADDRINUSE:
+            # A program of this host listens there: so no port-unreachable is sent anyway.
+            self._refused.add(what)
+        else:
+            self.failed[what] = str(error)
+
+    async def _release(self, surplus: Iterable[Resource]) -> None:
+        await asyncio.gather(*map(self._release_one, sorted(surplus, key=_rank)))
+
+    async def _release_one(self, what: Resource) -> None:
+        self._have.discard(what)
+        try:
+            await self._supervisor.release(what)
+        except RequestFailed as error:
+            log.error("cannot release %s: %s", what, error)
+
+    def _tell(self) -> None:
+        """Log each state that is not what it was, once."""
+        now = {subject: state for plan in self.plans for subject, state in _states(plan, self.failed)}
+        for subject, state in now.items():
+            if state != self._states.get(subject):
+                log.log(logging.INFO if state == UP else logging.WARNING, "%s: %s", subject, state)
+        for subject in self._states.keys() - now.keys():
+            log.info("%s: removed", subject)
+        self._states = now
+
+
+def _states(plan: RulePlan, failed: Mapping[Resource, str]) -> Iterator[tuple[str, str]]:
+    """What there is to say of a rule: its state, each of several outputs that isn't up, its warning."""
+    rule = f"rule '{plan.rule.name}'"
+    yield rule, rule_state(plan, failed)
+    if len(plan.outputs) > 1:
+        for output in plan.outputs:
+            yield f"{rule}: output {output.text}", output_state(output, failed)
+    if plan.warning:
+        yield f"{rule}: input {plan.rule.from_}", plan.warning
+
+
+def _rank(what: Resource) -> int:
+    """Sockets and GRO before the ring that brings the packets, memberships last."""
+    return (OpenEgress, SetGro, OpenIngress, HoldUnicast, JoinGroup).index(type(what))

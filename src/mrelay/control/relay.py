@@ -1,0 +1,123 @@
+"""What the API can do: look at the rules, and change them.
+
+Owns the order of a change: checked, saved, in force, answered. Called by api and by main (reload). Nothing
+blocks: large requests are parsed in a thread.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from mrelay import __version__
+from mrelay.control.proc import process_times
+from mrelay.control.reconcile import Reconciler
+from mrelay.control.rulebook import Rulebook, difference, merge
+from mrelay.control.stats import ENGINE, Stats
+from mrelay.control.want import RulePlan, output_state, rule_state
+from mrelay.control.workers import Workers
+from mrelay.messages import Resource
+from mrelay.model.config import parse_rules
+from mrelay.model.rule import Rule
+
+Table = dict[str, Any]
+STARTING = "waiting: starting"  # shown until the first pass that knows the rule is over
+
+
+class Exists(Exception):
+    """There is a rule of this name."""
+
+
+class NoRule(Exception):
+    """There is no rule of this name."""
+
+
+class Relay:
+    """All that a client may ask for. `ready` is set by main."""
+
+    def __init__(self, book: Rulebook, reconciler: Reconciler, workers: Workers, stats: Stats) -> None:
+        self._book, self._reconciler, self._workers = book, reconciler, workers
+        self.stats = stats
+        self.ready = False
+        self._started = time.monotonic()
+
+    def health(self) -> Table:
+        """/v1/health; `pid` and `uptime` are the supervisor's."""
+        times = process_times(os.getppid())
+        kinds = {worker.egress for worker in self._workers.by_number.values() if worker.egress}
+        return {
+            "ready": self.ready,
+            "version": __version__,
+            "pid": os.getppid(),
+            "engine": ENGINE,
+            "egress": "io_uring" if kinds == {"io_uring"} else "sendmmsg",
+            "uptime": round(times.age if times else time.monotonic() - self._started, 1),
+        }
+
+    def rules(self) -> Table:
+        """/v1/rules"""
+        plans = {plan.rule.name: plan for plan in self._reconciler.plans}
+        failed = self._reconciler.failed
+        return {"rules": [_rule_view(rule, plans.get(rule.name), failed) for rule in self._book.rules]}
+
+    async def add(self, table: Table) -> Table:
+        """Add a rule; as in /v1/rules. Raises ConfigError, Exists, OSError (not saved)."""
+        (rule,) = parse_rules([table], "")
+        async with self._book.lock:
+            if any(rule.name == other.name for other in self._book.rules):
+                raise Exists(rule.name)
+            await self._book.change(self._book.checked([*self._book.rules, rule]))
+        await self._reconciler.settled()
+        return self.rule(rule.name)
+
+    def rule(self, name: str) -> Table:
+        """One rule as in /v1/rules; raises NoRule."""
+        for view in self.rules()["rules"]:
+            if view["name"] == name:
+                return dict(view)
+        raise NoRule(name)
+
+    async def remove(self, name: str) -> None:
+        """Remove a rule. Raises NoRule, OSError (not saved)."""
+        async with self._book.lock:
+            left = [rule for rule in self._book.rules if rule.name != name]
+            if len(left) == len(self._book.rules):
+                raise NoRule(name)
+            await self._book.change(self._book.checked(left))
+        await self._reconciler.settled()
+
+    async def apply(self, tables: Sequence[Table], *, dry_run: bool) -> Table:
+        """Make the running rules these; the difference, by name. Raises ConfigError, OSError (not saved)."""
+        rules = await asyncio.to_thread(parse_rules, list(tables), "")
+        async with self._book.lock:
+            result = difference(self._book.rules, rules)
+            state = self._book.checked(rules)
+            if not dry_run:
+                await self._book.change(state)
+        if not dry_run:
+            await self._reconciler.settled()
+        return {key: list(names) for key, names in asdict(result).items()}
+
+    async def reload(self, file_rules: Sequence[Rule], file: str) -> None:
+        """Take over what was edited in the config file. Raises ConfigError, OSError (not saved)."""
+        async with self._book.lock:
+            rules = merge(self._book.rules, self._book.file_rules, file_rules)
+            await self._book.change(self._book.checked(rules, file_rules, file))
+        await self._reconciler.settled()
+
+
+def _rule_view(rule: Rule, plan: RulePlan | None, failed: dict[Resource, str]) -> Table:
+    known = plan is not None and plan.rule == rule
+    states = [output_state(output, failed) for output in plan.outputs] if plan and known else []
+    return {
+        **rule.to_table(),
+        "link_local": rule.link_local,
+        "allow_loop": rule.allow_loop,
+        "state": rule_state(plan, failed) if plan and known else STARTING,
+        "outputs": [
+            {"to": str(output), "state": states[number] if states else STARTING}
+            for number, output in enumerate(rule.to)
+        ],
+    }

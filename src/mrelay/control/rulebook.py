@@ -1,0 +1,101 @@
+"""The running rules, and how they change: every change is checked, saved, then in force.
+
+Owns the State in memory. Called by main (start, reload) and relay (the API); read by reconcile and stats.
+Nothing blocks: the file is written in a thread.
+"""
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from mrelay.control.slots import NoSlots, ReadSlot, Slots
+from mrelay.control.state import State, StateFile
+from mrelay.model.config import RelaySettings
+from mrelay.model.issue import ConfigError, Issue
+from mrelay.model.rule import Rule, check_rules
+
+
+def merge(running: Sequence[Rule], old: Sequence[Rule], new: Sequence[Rule]) -> tuple[Rule, ...]:
+    """The running rules after the config file's rules went from `old` to `new`.
+
+    What the file says wins for the rules that were edited in it; everything else stays as it runs.
+    """
+    was = {rule.name: rule for rule in old}
+    says = {rule.name: rule for rule in new}
+    merged = {rule.name: rule for rule in running if rule.name not in was or rule.name in says}
+    merged |= {name: rule for name, rule in says.items() if was.get(name) != rule}
+    return tuple(merged.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Names of rules, from one list of rules to another."""
+
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    changed: tuple[str, ...]
+    unchanged: tuple[str, ...]
+
+
+def difference(before: Sequence[Rule], after: Sequence[Rule]) -> Difference:
+    """What it takes to come from `before` to `after`."""
+    old = {rule.name: rule for rule in before}
+    new = {rule.name: rule for rule in after}
+    both = [name for name in new if name in old]
+    return Difference(
+        added=tuple(name for name in new if name not in old),
+        removed=tuple(name for name in old if name not in new),
+        changed=tuple(name for name in both if old[name] != new[name]),
+        unchanged=tuple(name for name in both if old[name] == new[name]),
+    )
+
+
+class Rulebook:
+    """The rules in force and their counter slots. `lock` is held by whoever changes them."""
+
+    def __init__(self, state: State, file: StateFile, read_rule: ReadSlot, read_link: ReadSlot) -> None:
+        self._state, self._file = state, file
+        self._read_rule, self._read_link = read_rule, read_link
+        self.lock = asyncio.Lock()
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The running rules."""
+        return self._state.rules
+
+    @property
+    def file_rules(self) -> tuple[Rule, ...]:
+        """Those of the config file when it was last read."""
+        return self._state.file_rules
+
+    @property
+    def relay(self) -> RelaySettings:
+        """The settings that this relay was started with."""
+        return self._state.relay
+
+    @property
+    def slots(self) -> Slots:
+        """Where the running rules count."""
+        return self._state.slots
+
+    def checked(self, rules: Iterable[Rule], file_rules: Iterable[Rule] | None = None, file: str = "") -> State:
+        """The state with these rules running; ConfigError when they can't run together."""
+        rules = tuple(rules)
+        if issues := check_rules(rules, file):
+            raise ConfigError(issues)
+        try:
+            slots = self._state.slots.updated(rules, self._read_rule, self._read_link)
+        except NoSlots as error:
+            issue = Issue(file, "", "rule", str(error), "remove some rules or outputs")
+            raise ConfigError([issue]) from error
+        files = self._state.file_rules if file_rules is None else tuple(file_rules)
+        return State(rules, files, slots, self._state.relay)
+
+    async def change(self, state: State) -> None:
+        """Save and adopt what `checked` gave; OSError when it can't be saved, then nothing is changed."""
+        await asyncio.to_thread(self._file.save, state)
+        self.adopt(state)
+
+    def adopt(self, state: State) -> None:
+        """Let it be in force, saved or not."""
+        self._state = state

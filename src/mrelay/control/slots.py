@@ -1,0 +1,91 @@
+"""Counter slots: which rule and which (rule, output) counts where, and from what.
+
+Owns the assignment and the base values; counters.py owns the memory. A slot is handed out round robin, so
+one that was used is used again as late as possible; what it held then is its base. Pure; a change makes a
+new Slots, so that one that can't be saved changes nothing.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self, TypeVar
+
+from mrelay.counters_size import MAX_LINKS, MAX_RULES
+from mrelay.model.rule import Rule
+
+Counts = tuple[int, ...]
+ReadSlot = Callable[[int], Counts]  # what a slot holds now, summed over the workers
+LinkKey = tuple[str, str]  # a rule's name, an output's text
+Key = TypeVar("Key")
+
+
+class NoSlots(Exception):
+    """More rules or outputs than there are slots."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Counts are those in slot `index`, minus `base`."""
+
+    index: int
+    base: Counts
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Slots by rule name and by (rule name, output text); `next_rule`, `next_link` are tried first."""
+
+    rules: Mapping[str, Slot] = field(default_factory=dict)
+    links: Mapping[LinkKey, Slot] = field(default_factory=dict)
+    next_rule: int = 0
+    next_link: int = 0
+
+    def updated(self, rules: Iterable[Rule], read_rule: ReadSlot, read_link: ReadSlot) -> Self:
+        """Slots for exactly these rules; what stays keeps its slot. Raises NoSlots."""
+        names = [rule.name for rule in rules]
+        keys = [(rule.name, str(output)) for rule in rules for output in rule.to]
+        rule_slots, next_rule = _assign(self.rules, names, self.next_rule, MAX_RULES, read_rule)
+        link_slots, next_link = _assign(self.links, keys, self.next_link, MAX_LINKS, read_link)
+        return type(self)(rule_slots, link_slots, next_rule, next_link)
+
+    def to_table(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "rules": [[name, slot.index, *slot.base] for name, slot in self.rules.items()],
+            "links": [[*key, slot.index, *slot.base] for key, slot in self.links.items()],
+            "next": [self.next_rule, self.next_link],
+        }
+
+    @classmethod
+    def from_table(cls, table: dict[str, Any]) -> Self:
+        """The reverse; ValueError, TypeError or KeyError when it isn't one of ours."""
+        return cls(
+            {name: _slot(index, base, 2) for name, index, *base in table["rules"]},
+            {(name, to): _slot(index, base, 3) for name, to, index, *base in table["links"]},
+            *(int(number) for number in table["next"]),
+        )
+
+
+def _slot(index: int, base: list[int], width: int) -> Slot:
+    if len(base) != width:
+        raise ValueError(f"{width} base values were due, not {len(base)}")
+    return Slot(int(index), tuple(int(value) for value in base))
+
+
+def _assign(
+    old: Mapping[Key, Slot], keys: list[Key], start: int, limit: int, read: ReadSlot
+) -> tuple[dict[Key, Slot], int]:
+    """Slots for `keys`, and where to look for the next free one."""
+    if len(keys) > limit:
+        raise NoSlots(f"{len(keys)} rules or outputs are more than the {limit} that can be counted")
+    used = {slot.index for slot in old.values()}
+    free = (index % limit for index in range(start, start + limit) if index % limit not in used)
+    new: dict[Key, Slot] = {}
+    for key in keys:
+        slot = old.get(key)
+        if slot is None:
+            index = next(free, None)
+            if index is None:  # the rest are held by rules that go with this very change
+                raise NoSlots(f"no more than {limit} rules or outputs can be counted; remove some first")
+            slot, start = Slot(index, read(index)), index + 1
+        new[key] = slot
+    return new, start % limit

@@ -1,0 +1,205 @@
+"""What the API says in numbers: stats, flows and workers, as in DESIGN.md section 4.
+
+Owns nothing; reads the workers' counters after they brought them up to date. Called by api and metrics.
+Long lists are made in a thread, from copies.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mrelay.control.links import LinkTable
+from mrelay.control.reconcile import Reconciler
+from mrelay.control.rulebook import Rulebook
+from mrelay.control.sampler import FlowTable, Sampler, flow_table
+from mrelay.control.slots import Slot, Slots
+from mrelay.control.workers import Worker, Workers
+from mrelay.counters import DROP_REASONS, U64
+from mrelay.counters_size import MAX_LINKS, MAX_RULES
+from mrelay.model.rule import Rule
+from mrelay.model.ruleset import FlowKey, RuleSet, address_text
+
+ENGINE = "uring"  # the only one there is in this version
+NOTHING: Final = (0,) * (2 + len(DROP_REASONS))
+SHAPES: Final = {"rules": (2, MAX_RULES), "links": (3, MAX_LINKS)}
+SETTLE_TRIES = 20
+SETTLE_PAUSE = 0.0005  # seconds
+
+Table = dict[str, Any]
+Counted = tuple[U64, U64, NDArray[np.float64]]  # by slot: of rules, of links, of rules each second
+
+
+class Stats:
+    """The views. Counts are of datagrams and of UDP payload bytes; bps is bits per second."""
+
+    def __init__(
+        self, workers: Workers, book: Rulebook, links: LinkTable, reconciler: Reconciler, sampler: Sampler
+    ) -> None:
+        self._workers, self._book, self._links = workers, book, links
+        self._reconciler, self._sampler = reconciler, sampler
+
+    async def stats(self) -> Table:
+        """/v1/stats"""
+        await self._workers.sync()
+        totals = [await _totals(worker) for worker in self._workers.by_number.values()]
+        received, matched, *drops = np.sum([NOTHING, *totals], axis=0).tolist()
+        book, rates = self._book, self._sampler.rules()
+        return {
+            "received": received,
+            "matched": matched,
+            "drops": dict(zip(DROP_REASONS, drops, strict=True)),
+            "rules": await asyncio.to_thread(
+                _rules, book.rules, book.slots, (self._sum("rules"), self._sum("links"), rates)
+            ),
+            "flows": sum(_flow_count(worker) for worker in self._workers.by_number.values()),
+        }
+
+    def _sum(self, table: Literal["rules", "links"]) -> U64:
+        """A table of counters over all workers."""
+        tables = [getattr(worker.counters, table) for worker in self._workers.by_number.values()]
+        return np.sum(tables, axis=0, dtype=np.uint64) if tables else np.zeros(SHAPES[table], np.uint64)
+
+    async def flows(self) -> Table:
+        """/v1/flows"""
+        await self._workers.sync()
+        tables = {number: flow_table(worker) for number, worker in self._workers.by_number.items()}
+        rates = {number: self._sampler.flows(number, table) for number, table in tables.items()}
+        return {"flows": await asyncio.to_thread(_flows, tables, rates, self._names())}
+
+    def _names(self) -> "Names":
+        slots = self._book.slots
+        rules = RuleSet()
+        for rule in self._reconciler.running:
+            rules.put(rule)
+        return Names(
+            rules,
+            {slot.index: name for name, slot in slots.rules.items()},
+            {slot.index: to for (_, to), slot in slots.links.items()},
+            self._links.name,
+        )
+
+    async def workers(self) -> Table:
+        """/v1/workers"""
+        await self._workers.sync()
+        workers = sorted(self._workers.by_number.values(), key=lambda worker: worker.number)
+        return {"workers": [self._worker(worker) for worker in workers]}
+
+    def _worker(self, worker: Worker) -> Table:
+        return {
+            "worker": worker.number,
+            "core": worker.core,
+            "pid": worker.pid,
+            "state": worker.state,
+            "restarts": worker.restarts,
+            "egress": worker.egress,
+            "flows": _flow_count(worker),
+            "received": worker.counters.received,
+            "cpu_percent": self._sampler.cpu_percent(worker.number),
+        }
+
+
+async def _totals(worker: Worker) -> list[int]:
+    """Received, matched and the drops of one worker, which add up.
+
+    The worker goes on counting while we read, so look again until they do; a sum that never does is shown
+    as it is, for it is a bug worth seeing.
+    """
+    counters = worker.counters
+    for _ in range(SETTLE_TRIES):
+        drops = counters.drops.tolist()
+        totals = [counters.received, counters.matched, *drops]
+        if totals[0] == totals[1] + sum(drops):
+            break
+        await asyncio.sleep(SETTLE_PAUSE)
+    return totals
+
+
+def _flow_count(worker: Worker) -> int:
+    return int(np.count_nonzero(worker.counters.keys[4]))
+
+
+def _rules(rules: tuple[Rule, ...], slots: Slots, counted: Counted) -> list[Table]:
+    return [_rule(rule, slots, counted) for rule in rules]
+
+
+def _rule(rule: Rule, slots: Slots, counted: Counted) -> Table:
+    counts, links, rates = counted
+    slot = slots.rules[rule.name]
+    packets, octets = _above_base(counts, slot)
+    pps, octets_ps = rates[:, slot.index].tolist()
+    return {
+        "name": rule.name,
+        "packets": packets,
+        "bytes": octets,
+        "pps": round(pps, 1),
+        "bps": round(octets_ps * 8, 1),
+        "outputs": [_output(str(output), links, slots.links[rule.name, str(output)]) for output in rule.to],
+    }
+
+
+def _output(to: str, links: U64, slot: Slot) -> Table:
+    packets, octets, errors = _above_base(links, slot)
+    return {"to": to, "packets": packets, "bytes": octets, "errors": errors}
+
+
+def _above_base(counts: U64, slot: Slot) -> list[int]:
+    return [now - base for now, base in zip(counts[:, slot.index].tolist(), slot.base, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What turns a flow's numbers into words."""
+
+    rules: RuleSet
+    rule: dict[int, str]  # by slot
+    output: dict[int, str]  # by link slot
+    interface: Callable[[int], str]
+
+
+def _flows(tables: dict[int, FlowTable], rates: dict[int, NDArray[np.float64]], names: Names) -> list[Table]:
+    flows = [
+        _flow(worker, flow_key(key), numbers, names)
+        for worker, table in tables.items()
+        for key, *numbers in zip(
+            table.keys.T.tolist(), *table.counts.tolist(), *rates[worker].tolist(), strict=True
+        )
+    ]
+    return sorted(flows, key=lambda flow: (flow["interface"], flow["group"], flow["port"], flow["source"]))
+
+
+def _flow(worker: int, flow: FlowKey, numbers: list[float], names: Names) -> Table:
+    packets, octets, pps, octets_ps = numbers
+    route = names.rules.resolve(flow)
+    links = [link for served in route.links for link in served]
+    return {
+        "interface": names.interface(flow.ifindex),
+        "vlan": flow.vlan or None,
+        "source": address_text(flow.family, flow.source),
+        "group": address_text(flow.family, flow.group),
+        "port": flow.port,
+        "worker": worker,
+        "engine": ENGINE,
+        "packets": packets,
+        "bytes": octets,
+        "pps": round(pps, 1),
+        "bps": round(octets_ps * 8, 1),
+        "rules": [names.rule[slot] for slot in route.rules if slot in names.rule],
+        "outputs": [names.output[link] for link in links if link in names.output],
+    }
+
+
+def flow_key(words: list[int]) -> FlowKey:
+    """The flow in the five words of counters.Counters.keys."""
+    source_high, source_low, group_high, group_low, rest = words
+    return FlowKey(
+        ifindex=rest >> 40,
+        vlan=rest >> 16 & 0xFFFF,
+        family=rest >> 32 & 0xFF,
+        source=source_high << 64 | source_low,
+        group=group_high << 64 | group_low,
+        port=rest & 0xFFFF,
+    )

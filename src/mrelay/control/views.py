@@ -1,0 +1,153 @@
+"""The shapes of the API's answers and requests: what /openapi.json says, and nothing else. Pure."""
+
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, Field
+
+
+class Health(BaseModel):
+    """`pid` is the supervisor's; `uptime` in seconds."""
+
+    ready: bool
+    version: str
+    pid: int
+    engine: str
+    egress: Literal["io_uring", "sendmmsg"]
+    uptime: float
+
+
+class OutputState(BaseModel):
+    """`state` as in Rule."""
+
+    to: str
+    state: str
+
+
+class Rule(BaseModel):
+    """`state` is "up", "waiting: …" or "error: …"; it is "up" when the input and all outputs are."""
+
+    name: str
+    from_: str = Field(alias="from")
+    to: list[str]
+    link_local: bool
+    allow_loop: bool
+    state: str
+    outputs: list[OutputState]
+
+
+class Rules(BaseModel):
+    rules: list[Rule]
+
+
+class Difference(BaseModel):
+    """Names of rules."""
+
+    added: list[str]
+    removed: list[str]
+    changed: list[str]
+    unchanged: list[str]
+
+
+class Flow(BaseModel):
+    """`bytes` of UDP payload; `bps` in bits per second; both rates over about a second."""
+
+    interface: str
+    vlan: int | None
+    source: str
+    group: str
+    port: int
+    worker: int
+    engine: str
+    packets: int
+    bytes: int
+    pps: float
+    bps: float
+    rules: list[str]
+    outputs: list[str]
+
+
+class Flows(BaseModel):
+    flows: list[Flow]
+
+
+class OutputStats(BaseModel):
+    """`packets` were handed to the kernel without error."""
+
+    to: str
+    packets: int
+    bytes: int
+    errors: int
+
+
+class RuleStats(BaseModel):
+    """As in Flow."""
+
+    name: str
+    packets: int
+    bytes: int
+    pps: float
+    bps: float
+    outputs: list[OutputStats]
+
+
+class Stats(BaseModel):
+    """Datagrams; received = matched + the sum of drops. `flows` is how many there are."""
+
+    received: int
+    matched: int
+    drops: dict[str, int]
+    rules: list[RuleStats]
+    flows: int
+
+
+class Worker(BaseModel):
+    """`pid` is null while it restarts; `cpu_percent` of one core, over about a second."""
+
+    worker: int
+    core: int
+    pid: int | None
+    state: Literal["running", "starting", "restarting"]
+    restarts: int
+    egress: str
+    flows: int
+    received: int
+    cpu_percent: float
+
+
+class Workers(BaseModel):
+    workers: list[Worker]
+
+
+class Error(BaseModel):
+    """What is wrong where, and what to do; `rule` and `key` are empty where they say nothing."""
+
+    rule: str
+    key: str
+    problem: str
+    remedy: str
+
+
+class Errors(BaseModel):
+    errors: list[Error]
+
+
+# What a request may hold is checked by mrelay.model, whose errors have remedies; this is for readers only.
+_ENDPOINT: Final[dict[str, Any]] = {"anyOf": [{"type": "string"}, {"type": "object"}]}
+RULE_SCHEMA: Final[dict[str, Any]] = {
+    "type": "object",
+    "required": ["name", "from", "to"],
+    "properties": {
+        "name": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"},
+        "from": {**_ENDPOINT, "examples": ["eth0:239.1.1.1:5000"]},
+        "to": {"type": "array", "minItems": 1, "items": {**_ENDPOINT, "examples": ["eth1:239.2.2.2:6000"]}},
+        "link_local": {"type": "boolean", "default": False},
+        "allow_loop": {"type": "boolean", "default": False},
+    },
+    "additionalProperties": False,
+}
+RULES_SCHEMA: Final[dict[str, Any]] = {
+    "type": "object",
+    "required": ["rules"],
+    "properties": {"rules": {"type": "array", "items": RULE_SCHEMA}},
+    "additionalProperties": False,
+}

@@ -1,0 +1,238 @@
+"""What the rules ask for, given the links there are: resources, compiled rules, states.
+
+Owns the step from an operator's rule to the objects that the supervisor opens and the rules that the
+workers run. Pure: no I/O; the numbers of egress sockets come from an EgressIds. Called by reconcile.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from mrelay.control.links import Link, LinkTable
+from mrelay.control.slots import Slots
+from mrelay.messages import (
+    HoldUnicast,
+    JoinGroup,
+    OpenEgress,
+    OpenIngress,
+    PutRule,
+    Resource,
+    RuleOutput,
+    SetGro,
+)
+from mrelay.model.endpoint import Input, Network, Output
+from mrelay.model.rule import Rule
+
+UP = "up"
+MAX_JOINS = 256  # groups of one prefix; more would fill the interface's filter and every querier's table
+MAX_HOLDS = 64  # ports of one unicast input
+
+EgressKey = tuple[int, int, str | None, int | None, str, int]  # OpenEgress without its number
+
+
+@dataclass(frozen=True, slots=True)
+class Gro:
+    """The config's `gro` and `ring_slots`."""
+
+    gro: Literal["auto"] | bool
+    ring_slots: int
+
+
+class EgressIds:
+    """Numbers for egress sockets: the same one for the same socket, also after a restart of control.
+
+    Sockets that differ in TTL or DSCP alone are two, though the supervisor opens them alike.
+    """
+
+    def __init__(self, held: Iterable[OpenEgress] = ()) -> None:
+        self._ids: dict[tuple[EgressKey, int, int], int] = {}
+        self._held: dict[EgressKey, list[int]] = {}
+        for egress in sorted(held, key=lambda egress: egress.output):
+            self._held.setdefault(_egress_key(egress), []).append(egress.output)
+        self._used = {number for numbers in self._held.values() for number in numbers}
+        self._next = 0  # no number below is free
+
+    def get(self, key: EgressKey, ttl: int, dscp: int) -> int:
+        """The number of this socket, a new one if need be."""
+        full = key, ttl, dscp
+        if full not in self._ids:
+            self._ids[full] = self._held[key].pop(0) if self._held.get(key) else self._lowest_free()
+            self._used.add(self._ids[full])
+        return self._ids[full]
+
+    def keep(self, numbers: AbstractSet[int]) -> None:
+        """Only these are still open; the others may be handed out again."""
+        self._ids = {full: number for full, number in self._ids.items() if number in numbers}
+        self._held.clear()
+        self._used, self._next = set(numbers), 0
+
+    def _lowest_free(self) -> int:
+        while self._next in self._used:
+            self._next += 1
+        return self._next
+
+
+def _egress_key(egress: OpenEgress) -> EgressKey:
+    return egress.ifindex, egress.family, egress.address, egress.port, egress.source, egress.epoch
+
+
+@dataclass(frozen=True, slots=True)
+class OutputPlan:
+    """One output: its text, what keeps it waiting (or UP), and its socket and compiled form when UP."""
+
+    text: str
+    state: str
+    egress: OpenEgress | None = None
+    compiled: RuleOutput | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RulePlan:
+    """One rule: what keeps its input waiting (or UP), and what it needs when UP."""
+
+    rule: Rule
+    state: str
+    outputs: tuple[OutputPlan, ...]
+    before: frozenset[Resource] = frozenset()  # wanted before the rule is in force: ring, GRO, held ports
+    joins: frozenset[JoinGroup] = frozenset()  # wanted once it is
+    compiled: PutRule | None = None
+    warning: str = ""
+
+    def early(self) -> frozenset[Resource]:
+        """All that must be open before the workers get the rule."""
+        if self.compiled is None:
+            return frozenset()
+        return self.before | {output.egress for output in self.outputs if output.egress}
+
+
+def plan_rules(
+    rules: Iterable[Rule], slots: Slots, links: LinkTable, ids: EgressIds, settings: Gro
+) -> list[RulePlan]:
+    """A plan for each rule."""
+    return [_plan_rule(rule, slots, links, ids, settings) for rule in rules]
+
+
+def _plan_rule(rule: Rule, slots: Slots, links: LinkTable, ids: EgressIds, settings: Gro) -> RulePlan:
+    outputs = tuple(_plan_output(rule, output, slots, links, ids) for output in rule.to)
+    link = links.by_name.get(rule.from_.interface)
+    state = _link_state(rule.from_.interface, link)
+    compiled = tuple(output.compiled for output in outputs if output.compiled)
+    if link is None or state != UP or not compiled:
+        return RulePlan(rule, state, outputs)
+    joins, warning = _joins(rule.from_, link.ifindex)
+    put = _compile(rule.from_, slots.rules[rule.name].index, link.ifindex, compiled)
+    return RulePlan(rule, state, outputs, _before(rule.from_, link, settings), joins, put, warning)
+
+
+def _link_state(name: str, link: Link | None) -> str:
+    if link is None:
+        return f"waiting: no interface {name}"
+    return UP if link.up else f"waiting: {name} is down"
+
+
+def _before(origin: Input, link: Link, settings: Gro) -> frozenset[Resource]:
+    found: set[Resource] = {OpenIngress(link.ifindex, settings.ring_slots)}
+    if settings.gro:  # "auto" or true
+        found.add(SetGro(link.ifindex, link.name))
+    ports = range(origin.ports.low, origin.ports.high + 1)
+    if not origin.address.is_multicast and len(ports) <= MAX_HOLDS:
+        found |= {HoldUnicast(str(origin.address.network_address), port) for port in ports}
+    return frozenset(found)
+
+
+def _joins(origin: Input, ifindex: int) -> tuple[frozenset[JoinGroup], str]:
+    """The memberships that an input needs, and what to warn of."""
+    if not origin.address.is_multicast:
+        return frozenset(), ""
+    if origin.address.num_addresses > MAX_JOINS:
+        return frozenset(), "prefix too wide to join: relies on static membership or an upstream querier"
+    source = str(origin.source.network_address) if origin.source and _is_host(origin.source) else None
+    return frozenset(JoinGroup(ifindex, str(group), source) for group in origin.address), ""
+
+
+def _is_host(network: Network) -> bool:
+    return network.prefixlen == network.max_prefixlen
+
+
+def _compile(origin: Input, slot: int, ifindex: int, outputs: tuple[RuleOutput, ...]) -> PutRule:
+    group_low, group_high = _range(origin.address)
+    any_source = 0, 2**origin.address.max_prefixlen - 1
+    source_low, source_high = _range(origin.source) if origin.source else any_source
+    return PutRule(
+        rule=slot,
+        ifindex=ifindex,
+        vlan=origin.vlan or 0,
+        family=origin.address.version,
+        group_low=group_low,
+        group_high=group_high,
+        port_low=origin.ports.low,
+        port_high=origin.ports.high,
+        source_low=source_low,
+        source_high=source_high,
+        outputs=outputs,
+    )
+
+
+def _range(network: Network) -> tuple[int, int]:
+    return int(network.network_address), int(network.broadcast_address)
+
+
+def _plan_output(rule: Rule, output: Output, slots: Slots, links: LinkTable, ids: EgressIds) -> OutputPlan:
+    text = str(output)
+    link = links.by_name.get(output.interface)
+    state = _link_state(output.interface, link)
+    if link is None or state != UP:
+        return OutputPlan(text, state)
+    family = (output.address or rule.from_.address).version
+    address = str(output.address) if output.address else None
+    ttl, dscp = output.ttl or 0, -1 if output.dscp is None else output.dscp
+    key = link.ifindex, family, address, output.port, str(output.source), links.epoch(link.ifindex, family)
+    egress = OpenEgress(ids.get(key, ttl, dscp), *key)
+    compiled = RuleOutput(
+        link=slots.links[rule.name, text].index,
+        output=egress.output,
+        oif=link.ifindex,
+        address=address,
+        port=output.port,
+        ttl=ttl,
+        dscp=dscp,
+        keep=output.source == "keep",
+    )
+    return OutputPlan(text, state, egress, compiled)
+
+
+# ---- and what becomes of a plan when some of it can't be had ---------------------------------------
+
+
+def in_force(plan: RulePlan, failed: Mapping[Resource, str]) -> PutRule | None:
+    """The rule for the workers, with the outputs that can be had; None when there is nothing to do."""
+    put = plan.compiled
+    if put is None or any(what in failed for what in plan.before):
+        return None
+    outputs = tuple(o.compiled for o in plan.outputs if o.compiled and o.egress not in failed)
+    if not outputs:
+        return None
+    return replace(put, outputs=outputs)
+
+
+def output_state(output: OutputPlan, failed: Mapping[Resource, str]) -> str:
+    """UP, or what keeps it from being so."""
+    problem = failed.get(output.egress) if output.egress else None
+    return output.state if problem is None else f"error: {problem}"
+
+
+def rule_state(plan: RulePlan, failed: Mapping[Resource, str]) -> str:
+    """UP when all of the rule is; else the first thing that is amiss: input, memberships, outputs."""
+    if plan.state != UP:
+        return plan.state
+    for what in sorted(plan.before | plan.joins, key=str):
+        if what in failed:
+            return f"error: {failed[what]}"
+    states = [output_state(output, failed) for output in plan.outputs]
+    return next((state for state in states if state != UP), UP)
+
+
+def resources(plans: Sequence[RulePlan]) -> set[Resource]:
+    """All that the plans need."""
+    return {what for plan in plans for what in plan.early() | plan.joins}

@@ -1,0 +1,79 @@
+"""The counters that a worker writes and control reads, in memory that outlives both.
+
+Owns the layout of one worker's shared memory (a memfd that the supervisor makes and holds): totals, the
+flow table's keys and counts, and a slot for every rule and every (rule, output). Only the worker writes;
+control maps it read-only. Slots are never zeroed: control subtracts what a slot held when it assigned it,
+so there is one writer and nothing to agree on. All counts are of datagrams and of UDP payload bytes.
+Nothing here blocks.
+"""
+
+import mmap
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mrelay.counters_size import HEADER, MAX_LINKS, MAX_RULES, counters_size
+
+MAGIC: Final = 0x6D72656C61790001  # "mrelay", layout 1
+
+# DESIGN.md section 4; the index is the slot in `drops`.
+DROP_REASONS: Final = (
+    "no_rule",
+    "not_udp",
+    "malformed",
+    "truncated",
+    "fragment",
+    "ttl_expired",
+    "too_big",
+    "no_neighbour",
+    "tx_error",
+    "ring_full",
+    "rate_limited",
+    "loop",
+    "no_output",  # a rule takes it, but none of the rule's outputs is open
+)
+NO_RULE, NOT_UDP, MALFORMED, TRUNCATED, FRAGMENT, TTL_EXPIRED, TOO_BIG = range(7)
+NO_NEIGHBOUR, TX_ERROR, RING_FULL, RATE_LIMITED, LOOP, NO_OUTPUT = range(7, 13)
+
+RECEIVED, MATCHED = range(2)
+
+U64 = NDArray[np.uint64]
+
+
+class Counters:
+    """NumPy views over one worker's shared memory.
+
+    `totals` u64[8]: received, matched. `drops` u64[len(DROP_REASONS)]. `keys` u64[5, F]: source high and low,
+    group high and low, then port | vlan << 16 | family << 32 | ifindex << 40 (0: empty slot).
+    `flows` u64[2, F]: packets, bytes; `folded`, the part of
+    them that `rules` and `links` have. `rules` u64[2, MAX_RULES]: packets, bytes.
+    `links` u64[3, MAX_LINKS]: packets, bytes, errors.
+    """
+
+    def __init__(self, fd: int, flow_limit: int, *, write: bool = False) -> None:
+        prot = mmap.PROT_READ | (mmap.PROT_WRITE if write else 0)
+        self.memory = mmap.mmap(fd, counters_size(flow_limit), mmap.MAP_SHARED, prot)
+        words = np.frombuffer(self.memory, dtype=np.uint64)
+        self.totals = words[8:16]
+        self.drops = words[16 : 16 + len(DROP_REASONS)]
+        shapes: list[Sequence[int]] = [(5, flow_limit), (2, flow_limit), (2, flow_limit), (2, MAX_RULES)]
+        blocks: list[U64] = []
+        start = HEADER
+        for rows, columns in [*shapes, (3, MAX_LINKS)]:
+            blocks.append(words[start : start + rows * columns].reshape(rows, columns))
+            start += rows * columns
+        self.keys, self.flows, self.folded, self.rules, self.links = blocks
+        if write:
+            words[0], words[1] = MAGIC, flow_limit
+
+    @property
+    def received(self) -> int:
+        """Datagrams that came in, counted at ingress (not derived: the sum below is a check on us)."""
+        return int(self.totals[RECEIVED])
+
+    @property
+    def matched(self) -> int:
+        """Datagrams that at least one output took; received = matched + sum(drops)."""
+        return int(self.totals[MATCHED])

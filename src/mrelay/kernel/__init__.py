@@ -1,0 +1,1 @@
+"""Thin wrappers over kernel interfaces: one file an interface, standard library only."""

@@ -1,0 +1,216 @@
+"""Group memberships and unicast holds: helper sockets that are never read.
+
+Owns the MCAST_* socket options. The supervisor keeps one MembershipPool an interface and one
+UnicastPool. A membership makes the kernel send IGMPv3 and MLDv2 reports and program the interface's
+filter; a hold keeps the host from answering unicast input with port-unreachable. The data itself is
+taken elsewhere, so every helper socket drops all it gets. Nothing here blocks.
+"""
+
+import errno
+import socket
+import struct
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Final
+
+from mrelay.kernel import cbpf
+
+# linux/in.h, linux/in6.h
+MCAST_JOIN_GROUP: Final = 42
+MCAST_LEAVE_GROUP: Final = 45
+MCAST_JOIN_SOURCE_GROUP: Final = 46
+MCAST_LEAVE_SOURCE_GROUP: Final = 47
+IP_MULTICAST_ALL: Final = 49
+IPV6_MULTICAST_ALL: Final = 29
+
+Address = IPv4Address | IPv6Address
+_FULL: Final = (errno.ENOBUFS, errno.ENOMEM)
+_GONE: Final = (errno.ENODEV, errno.EADDRNOTAVAIL)
+_LIMITS: Final = {
+    # by IP version: what bounds the groups of a socket, and the sources of a group on a socket
+    4: ("net.ipv4.igmp_max_memberships", "net.ipv4.igmp_max_msf"),
+    6: ("net.core.optmem_max", "net.ipv6.mld_max_msf"),
+}
+
+
+class MembershipError(OSError):
+    """A fresh socket cannot take even one membership; `sysctl` names what may be too low."""
+
+    def __init__(self, group: Address, source: Address | None) -> None:
+        self.sysctl = " or ".join(_LIMITS[group.version][: 1 if source is None else 2])
+        super().__init__(errno.ENOBUFS, f"no membership of {group} to be had: raise the sysctl {self.sysctl}")
+
+
+class MembershipPool:
+    """The memberships of one interface, spread over as many sockets as the kernel's limits ask for."""
+
+    def __init__(self, ifindex: int) -> None:
+        self.ifindex = ifindex
+        self._helpers: list[_Helper] = []
+        self._held: dict[tuple[Address, Address | None], _Helper] = {}
+
+    @property
+    def sockets(self) -> list[socket.socket]:
+        return [helper.sock for helper in self._helpers]
+
+    def join(self, group: str | Address, source: str | Address | None = None) -> None:
+        """Join `group`, from `source` only when given. Joining again does nothing.
+
+        OSError: ENODEV for a missing interface, EINVAL for what is no group; MembershipError.
+        """
+        key = _key(group, source)
+        if key in self._held:
+            return
+        for helper in self._helpers:
+            if helper.fits(*key) and self._join_on(helper, *key):
+                return
+        self._join_on_new(*key)
+
+    def leave(self, group: str | Address, source: str | Address | None = None) -> None:
+        """Undo that join. Leaving what was not joined, or an interface that is gone, does nothing."""
+        key = _key(group, source)
+        helper = self._held.pop(key, None)
+        if helper is None:
+            return
+        helper.leave(self.ifindex, *key)
+        if not helper.groups:
+            self._helpers.remove(helper)
+            helper.sock.close()
+
+    def close(self) -> None:
+        """Leave everything."""
+        for helper in self._helpers:
+            helper.sock.close()
+        self._helpers.clear()
+        self._held.clear()
+
+    def _join_on(self, helper: "_Helper", group: Address, source: Address | None) -> bool:
+        """False when the kernel has no more room on this socket."""
+        try:
+            helper.join(self.ifindex, group, source)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            helper.full |= group not in helper.groups
+            return False
+        self._held[group, source] = helper
+        return True
+
+    def _join_on_new(self, group: Address, source: Address | None) -> None:
+        helper = _Helper(group.version)
+        try:
+            if not self._join_on(helper, group, source):
+                raise MembershipError(group, source)
+        except OSError:
+            helper.sock.close()
+            raise
+        self._helpers.append(helper)
+
+
+class _Helper:
+    """One socket and what it joined: for each group its sources, or None in their place for any source."""
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+        self.sock = _mute_socket(version)
+        self.groups: dict[Address, set[Address | None]] = {}
+        self.full = False  # the kernel refused one more group; until one is left
+
+    def fits(self, group: Address, source: Address | None) -> bool:
+        """Whether it is worth asking the kernel.
+
+        Any-source and source-specific membership of one group never share a socket: the kernel refuses.
+        """
+        if group.version != self.version:
+            return False
+        held = self.groups.get(group)
+        if held is None:
+            return not self.full
+        return source is not None and None not in held
+
+    def join(self, ifindex: int, group: Address, source: Address | None) -> None:
+        option = MCAST_JOIN_GROUP if source is None else MCAST_JOIN_SOURCE_GROUP
+        self.sock.setsockopt(_level(group), option, _request(ifindex, group, source))
+        self.groups.setdefault(group, set()).add(source)
+
+    def leave(self, ifindex: int, group: Address, source: Address | None) -> None:
+        option = MCAST_LEAVE_GROUP if source is None else MCAST_LEAVE_SOURCE_GROUP
+        try:
+            self.sock.setsockopt(_level(group), option, _request(ifindex, group, source))
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+        self.groups[group].discard(source)
+        if not self.groups[group]:
+            del self.groups[group]
+            self.full = False
+
+
+class UnicastPool:
+    """Bound sockets at unicast inputs, so that the host sends no ICMP port-unreachable for them."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[Address, int], socket.socket] = {}
+
+    def hold(self, address: str | Address, port: int) -> bool:
+        """Bind there. False when a local listener is: then the host sends no ICMP either.
+
+        Without SO_REUSEADDR: with it, a listener on the wildcard address would lose its datagrams to
+        this socket without notice. OSError (EADDRNOTAVAIL: not an address of this host).
+        """
+        key = (ip_address(address), port)
+        if key in self._held:
+            return True
+        sock = _mute_socket(key[0].version)
+        try:
+            sock.bind((str(key[0]), port))
+        except OSError as error:
+            sock.close()
+            if error.errno == errno.EADDRINUSE:
+                return False
+            raise
+        self._held[key] = sock
+        return True
+
+    def release(self, address: str | Address, port: int) -> None:
+        """Undo `hold`; nothing if it is not held."""
+        sock = self._held.pop((ip_address(address), port), None)
+        if sock is not None:
+            sock.close()
+
+    def close(self) -> None:
+        for sock in self._held.values():
+            sock.close()
+        self._held.clear()
+
+
+def _mute_socket(version: int) -> socket.socket:
+    """A UDP socket that never queues anything, and gets no groups that others joined."""
+    sock = socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6, socket.SOCK_DGRAM)
+    cbpf.attach(sock, cbpf.DROP_ALL)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 0)  # the kernel makes it its minimum
+    if version == 4:
+        sock.setsockopt(socket.IPPROTO_IP, IP_MULTICAST_ALL, 0)
+    else:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.setsockopt(socket.IPPROTO_IPV6, IPV6_MULTICAST_ALL, 0)
+    return sock
+
+
+def _request(ifindex: int, group: Address, source: Address | None) -> bytes:
+    """struct group_req, or struct group_source_req (linux/in.h); the addresses are 8-byte aligned."""
+    request = struct.pack("@I4x", ifindex) + _sockaddr_storage(group)
+    return request if source is None else request + _sockaddr_storage(source)
+
+
+def _sockaddr_storage(address: Address) -> bytes:
+    if address.version == 4:
+        return struct.pack("=HH4s120x", socket.AF_INET, 0, address.packed)
+    return struct.pack("=HHI16sI100x", socket.AF_INET6, 0, 0, address.packed, 0)
+
+
+def _level(group: Address) -> int:
+    return socket.IPPROTO_IP if group.version == 4 else socket.IPPROTO_IPV6
+
+
+def _key(group: str | Address, source: str | Address | None) -> tuple[Address, Address | None]:
+    return ip_address(group), None if source is None else ip_address(source)

@@ -1,0 +1,436 @@
+"""The messages that the three roles exchange, and the channel that carries them.
+
+Owns the only table of what may be said between roles; every role uses it. Standard library only,
+because the supervisor imports it. A message is a frozen dataclass, sent as one JSON object in one
+SOCK_SEQPACKET datagram with its class name and the protocol version; descriptors ride along by
+SCM_RIGHTS. A message that does not decode is a bug or an attack: `BadMessage`, and the receiver exits
+(the supervisor: ends the sender). `Channel.receive` blocks unless the socket is non-blocking.
+"""
+
+import dataclasses
+import json
+import os
+import socket
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Final, Union
+
+VERSION: Final = 1
+MAX_MESSAGE: Final = 128 * 1024  # bytes; below the default net.core.wmem_max, so a send never fails for size
+MAX_FDS: Final = 64
+
+
+class BadMessage(Exception):
+    """What arrived is not a message of this version."""
+
+
+# ---- what control asks of the supervisor: each names one kernel object, and is its key ------------
+
+
+@dataclass(frozen=True, slots=True)
+class OpenIngress:
+    """A receive ring for every worker on interface `ifindex`, `slots` frames each."""
+
+    ifindex: int
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class JoinGroup:
+    """Membership of `group` on `ifindex`, source-specific when `source` is given."""
+
+    ifindex: int
+    group: str
+    source: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class HoldUnicast:
+    """A bound, never read UDP socket, so that the host sends no port-unreachable for a unicast input."""
+
+    address: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenEgress:
+    """The sending socket of one output, one copy for every worker, all with the same source port.
+
+    `address` and `port` are None for a `*` output (the worker names each destination). `source` is
+    "egress", "keep" or an address. `epoch` changes when the interface's addresses do, so that a new
+    socket picks its source address afresh.
+    """
+
+    output: int
+    ifindex: int
+    family: int  # 4 or 6
+    address: str | None
+    port: int | None
+    source: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetGro:
+    """UDP GRO forwarding on `ifindex`; releasing it puts back what was there."""
+
+    ifindex: int
+    ifname: str
+
+
+Resource = OpenIngress | JoinGroup | HoldUnicast | OpenEgress | SetGro
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Control to supervisor: open it. Answered by Done or Failed with the same `id`."""
+
+    id: int
+    what: Resource
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Control to supervisor: close it. Releasing what is not held is fine."""
+
+    id: int
+    what: Resource
+
+
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """Control to supervisor: the API socket, with this file mode and group. The descriptor comes with Done."""
+
+    id: int
+    mode: int
+    group: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class StartWorkers:
+    """Control to supervisor: one worker on each of these cores, with tables of these sizes."""
+
+    id: int
+    cores: tuple[int, ...]
+    flow_limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Control to supervisor: every rule that can be up is up."""
+
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Supervisor to control: request `id` is carried out."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Supervisor to control: request `id` failed; nothing was changed."""
+
+    id: int
+    errno: int
+    problem: str
+    remedy: str
+
+
+# ---- what the supervisor tells control ---------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """First message to a new control. Descriptors: the state directory, then the config file if `config`.
+
+    `engine`, `workers` override the file. `have` counts the Held messages that follow.
+    """
+
+    config: str | None
+    state_dir: str
+    engine: str | None
+    workers: str | None
+    have: int
+    restarted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Supervisor to a new control: this is open already, from before it started."""
+
+    what: Resource
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerUp:
+    """A worker runs. Descriptors: control's end of their channel, the counters' memory."""
+
+    worker: int
+    core: int
+    pid: int
+    restarts: int
+    flow_limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDown:
+    """A worker ended; another is on its way."""
+
+    worker: int
+    restarts: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reload:
+    """SIGHUP came. Descriptor: the config file, opened anew (none when the relay has no file)."""
+
+    problem: str
+
+
+# ---- what the supervisor tells a worker --------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSetup:
+    """First message to a new worker. Descriptors: its channel to control, the counters' memory."""
+
+    worker: int
+    core: int
+    flow_limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """To a worker: here is its copy of `what` (a ring or an egress socket), as the one descriptor."""
+
+    what: Resource
+
+
+@dataclass(frozen=True, slots=True)
+class Revoked:
+    """To a worker: close its copy of `what`."""
+
+    what: Resource
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """To control or a worker: end in good order."""
+
+
+# ---- between control and a worker --------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RuleOutput:
+    """An output as an engine needs it.
+
+    `link` is the counter slot of this (rule, output); `output` is the egress socket (OpenEgress.output).
+    `address` and `port` are None for `*`. `ttl` 0 means decrement, `dscp` -1 means keep, `keep` means
+    source=keep.
+    """
+
+    link: int
+    output: int
+    oif: int
+    address: str | None
+    port: int | None
+    ttl: int
+    dscp: int
+    keep: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PutRule:
+    """Control to worker: add or replace the rule of counter slot `rule`, from the next Commit on.
+
+    Addresses are integers in closed ranges; `vlan` 0 means untagged; `family` is 4 or 6.
+    """
+
+    rule: int
+    ifindex: int
+    vlan: int
+    family: int
+    group_low: int
+    group_high: int
+    port_low: int
+    port_high: int
+    source_low: int
+    source_high: int
+    outputs: tuple[RuleOutput, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DropRule:
+    """Control to worker: remove the rule of this slot, from the next Commit on."""
+
+    rule: int
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Control to worker: the PutRule and DropRule since the last Commit take effect together now."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """Worker to control: generation in force; `egress` is "io_uring" or "sendmmsg"."""
+
+    generation: int
+    egress: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sync:
+    """Control to worker: bring the shared counters up to date."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Synced:
+    """Worker to control: they are, as of now."""
+
+    id: int
+
+
+Message = (
+    Grant | Release | Listen | StartWorkers | Ready | Done | Failed | Setup | Held | WorkerUp | WorkerDown
+    | Reload | WorkerSetup | Granted | Revoked | Stop | PutRule | DropRule | Commit | Committed | Sync | Synced
+)  # fmt: skip
+
+_CLASSES: Final[dict[str, type]] = {
+    c.__name__: c for c in (*typing.get_args(Message), *typing.get_args(Resource), RuleOutput)
+}
+_HINTS: Final[dict[type, dict[str, Any]]] = {c: typing.get_type_hints(c) for c in _CLASSES.values()}
+_SENDABLE: Final = frozenset(typing.get_args(Message))
+
+
+def encode(message: Message) -> bytes:
+    """One datagram's bytes."""
+    return json.dumps({"v": VERSION, "m": _to_plain(message)}, separators=(",", ":")).encode()
+
+
+def decode(data: bytes) -> Message:
+    """The message in one datagram; BadMessage when a name, a field or a type is not as declared."""
+    try:
+        top = json.loads(data)
+        if not isinstance(top, dict) or top.get("v") != VERSION:
+            raise BadMessage(f"not a message of version {VERSION}")
+        message = _from_plain(top.get("m"), Message)
+    except (ValueError, RecursionError) as error:
+        raise BadMessage(str(error)) from error
+    if type(message) not in _SENDABLE:
+        raise BadMessage(f"{type(message).__name__} is not a message")
+    return typing.cast(Message, message)
+
+
+def _to_plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: _to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"t": type(value).__name__, **fields}
+    if isinstance(value, tuple):
+        return [_to_plain(item) for item in value]
+    return value
+
+
+def _from_plain(value: Any, hint: Any) -> Any:
+    """`value` as type `hint`, strictly: no field more or less, no int for a bool or the other way round."""
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return _from_union(value, typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise BadMessage(f"a list was due, not {value!r}")
+        return tuple(_from_plain(item, typing.get_args(hint)[0]) for item in value)
+    if hint in _HINTS:
+        return _from_table(value, hint)
+    if type(value) is not hint:
+        raise BadMessage(f"{hint.__name__} was due, not {value!r}")
+    return value
+
+
+def _from_union(value: Any, choices: tuple[Any, ...]) -> Any:
+    if value is None and type(None) in choices:
+        return None
+    if isinstance(value, dict):
+        named = _CLASSES.get(str(value.get("t")))
+        if named in choices:
+            return _from_table(value, named)
+    if type(value) in choices:
+        return value
+    raise BadMessage(f"unexpected {value!r}")
+
+
+def _from_table(value: Any, cls: Any) -> Any:
+    hints = _HINTS[cls]
+    if not isinstance(value, dict) or value.keys() != {"t", *hints} or value["t"] != cls.__name__:
+        raise BadMessage(f"not a {cls.__name__}: {value!r}")
+    return cls(**{name: _from_plain(value[name], hint) for name, hint in hints.items()})
+
+
+class Channel:
+    """One end of a SOCK_SEQPACKET pair. Owns its socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, 4 << 20)
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def send(self, message: Message, fds: typing.Sequence[int] = ()) -> None:
+        """Send one message; OSError (EPIPE, EAGAIN on a full non-blocking channel) is the caller's."""
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _pack_fds(fds))] if fds else []
+        self.sock.sendmsg([encode(message)], ancillary, socket.MSG_NOSIGNAL)
+
+    def receive(self) -> tuple[Message, list[int]] | None:
+        """The next message and the descriptors with it (now ours); None when the peer is gone.
+
+        BlockingIOError when there is none on a non-blocking channel. BadMessage closes its descriptors.
+        """
+        room = socket.CMSG_SPACE(MAX_FDS * 4)
+        data, ancillary, flags, _ = self.sock.recvmsg(MAX_MESSAGE, room, socket.MSG_CMSG_CLOEXEC)
+        fds = _unpack_fds(ancillary)
+        if not data:
+            return None
+        try:
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise BadMessage("truncated")
+            return decode(data), fds
+        except BadMessage:
+            for fd in fds:
+                os.close(fd)
+            raise
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+def channel_pair() -> tuple[socket.socket, socket.socket]:
+    """Two connected ends, to be given away or wrapped in a Channel."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+def _pack_fds(fds: typing.Sequence[int]) -> bytes:
+    return b"".join(fd.to_bytes(4, "little" if _LITTLE else "big") for fd in fds)
+
+
+def _unpack_fds(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    found: list[int] = []
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            whole = len(data) - len(data) % 4
+            found += memoryview(data[:whole]).cast("i").tolist()
+    return found
+
+
+_LITTLE: Final = sys.byteorder == "little"

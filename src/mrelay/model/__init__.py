@@ -1,0 +1,1 @@
+"""Rules, endpoints and settings: pure, no I/O."""

@@ -1,0 +1,1 @@
+"""The supervisor role: the one process with privilege. Standard library, mrelay.messages, mrelay.kernel."""

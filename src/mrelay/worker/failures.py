@@ -1,0 +1,61 @@
+"""What could not be sent: counted at the output, and as a drop when no output took it; logged once a flow.
+
+Owns the rule for both. Called by both paths, only when a send failed, so it may be slow.
+"""
+
+import errno
+import logging
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from mrelay.counters import DROP_REASONS, MATCHED, TTL_EXPIRED, Counters
+from mrelay.worker.egress import Entry, drop_reason
+from mrelay.worker.flows import Flow
+
+log = logging.getLogger("mrelay.worker")
+
+EXPIRED = errno.ETIME  # our own sign for "the TTL ran out"
+
+
+class Failures:
+    """Books failed sends against the shared counters, which the flow was already counted in as forwarded."""
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
+
+    def record(self, flow: Flow, count: int, octets: int, failed: Sequence[tuple[Entry, int, int]]) -> None:
+        """`count` datagrams of `octets` bytes went out, but for `failed`: (entry, how many, errno)."""
+        for entry, lost, _ in failed:
+            self._book_output(flow, entry, lost, octets * lost // count)
+        everywhere = min(lost for _, lost, _ in failed) if len(failed) == len(flow.entries) else 0
+        if everywhere:
+            self._book_drop(flow, everywhere, octets * everywhere // count, failed[-1][2])
+        if not flow.warned:
+            flow.warned = True
+            _warn(flow, failed[-1])
+
+    def _book_output(self, flow: Flow, entry: Entry, lost: int, octets: int) -> None:
+        # Unsigned arithmetic wraps: the flow's own count, folded in later, makes the sum right again.
+        took = np.array([lost, octets], np.uint64)
+        for link in flow.route.links[flow.entries.index(entry)]:
+            self._counters.links[:2, link] -= took
+            self._counters.links[2, link] += np.uint64(lost)
+
+    def _book_drop(self, flow: Flow, lost: int, octets: int, error: int) -> None:
+        reason = TTL_EXPIRED if error == EXPIRED else drop_reason(error)
+        self._counters.totals[MATCHED] -= np.uint64(lost)
+        self._counters.drops[reason] += np.uint64(lost)
+        for rule in flow.route.rules:
+            self._counters.rules[:, rule] -= np.array([lost, octets], np.uint64)
+
+
+def _warn(flow: Flow, failure: tuple[Entry, int, int]) -> None:
+    entry, _, error = failure
+    to = f"{entry.to.address} port {entry.to.port}"
+    if error == EXPIRED:
+        log.warning("%s arrives with TTL 1, so nothing goes to %s: add ',ttl=8' to that output", flow, to)
+        return
+    reason = DROP_REASONS[drop_reason(error)]
+    log.warning("%s: sending to %s fails: %s (counted as %s)", flow, to, os.strerror(error), reason)

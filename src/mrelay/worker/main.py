@@ -1,0 +1,249 @@
+"""A worker's loop: messages from supervisor and control, frames from its rings.
+
+Owns the process. Blocks in poll only. The supervisor's messages are read before control's, so that a socket
+is here before the rule that uses it. A bad message, or the supervisor's end, ends the process.
+"""
+
+import dataclasses
+import itertools
+import logging
+import os
+import select
+import socket
+import sys
+from typing import Final
+
+import numpy as np
+
+from mrelay.child import settle
+from mrelay.counters import RECEIVED, RING_FULL, Counters
+from mrelay.kernel.seccomp import restrict_worker
+from mrelay.messages import (
+    BadMessage,
+    Channel,
+    Commit,
+    Committed,
+    DropRule,
+    Granted,
+    Message,
+    OpenEgress,
+    OpenIngress,
+    PutRule,
+    Revoked,
+    Stop,
+    Sync,
+    Synced,
+    WorkerSetup,
+)
+from mrelay.model.ruleset import RuleSet
+from mrelay.worker.egress import Egress
+from mrelay.worker.failures import Failures
+from mrelay.worker.flows import FlowTable
+from mrelay.worker.ingress import WHOLE_BUFFERS, Ring, WholeFrames
+from mrelay.worker.messages import Sender, best_sender
+from mrelay.worker.scalar import ScalarPath
+from mrelay.worker.vector import MAX_BATCH, VectorPath
+
+log = logging.getLogger("mrelay.worker")
+
+SCALAR_MOST: Final = 12  # frames: up to here one by one is faster than a batch's fixed cost (D33)
+_ROUNDS: Final = 16  # batches of one ring before the others, and the channels, get their turn
+
+
+class Worker:
+    """One worker's state, from its WorkerSetup on."""
+
+    def __init__(self, supervisor: Channel, setup: WorkerSetup, fds: list[int], sender: Sender) -> None:
+        self.supervisor, self._sender = supervisor, sender
+        self.counters = Counters(fds[1], setup.flow_limit, write=True)
+        self.rules, self.egress, self.whole = RuleSet(), Egress(), WholeFrames()
+        self.table = FlowTable(self.counters, setup.flow_limit, self.rules, self.egress)
+        failures = Failures(self.counters)
+        self.scalar = ScalarPath(self.counters, self.table, failures)
+        self.vector = VectorPath(self.counters, self.table, failures, sender)
+        self.rings: dict[int, Ring] = {}
+        self._by_fd: dict[int, Ring] = {}
+        self._poll = select.poll()
+        self._poll.register(supervisor.sock, select.POLLIN)
+        self.control: Channel | None = None
+        self._committed = False
+        self._take_control(fds[0])
+
+    # ---- messages --------------------------------------------------------------------------
+
+    def _take_control(self, fd: int) -> None:
+        """Control is new: what it does not put before its first Commit is no rule any more."""
+        if self.control is not None:
+            self._leave_control()
+        self.control = Channel(socket.socket(fileno=fd))
+        self.control.sock.setblocking(False)
+        self._poll.register(self.control.sock, select.POLLIN)
+        self._incoming: dict[int, PutRule | None] = {}
+        self._fresh = True
+
+    def _leave_control(self) -> None:
+        assert self.control is not None  # noqa: S101  both callers know it is there
+        self._poll.unregister(self.control.sock)
+        self.control.close()
+        self.control = None
+
+    def _from_supervisor(self, message: Message, fds: list[int]) -> None:
+        match message:
+            case Granted(OpenIngress(ifindex, slots)):
+                self._add_ring(Ring(socket.socket(fileno=fds[0]), ifindex, slots, self.whole))
+            case Granted(OpenEgress(output)):
+                self.egress.grant(output, socket.socket(fileno=fds[0]))
+            case Revoked(OpenIngress(ifindex)):
+                self._remove_ring(ifindex)
+            case Revoked(OpenEgress(output)):
+                self.egress.revoke(output)
+            case WorkerSetup():
+                os.close(fds[1])
+                self._take_control(fds[0])
+            case Stop():
+                self._sync()
+                sys.exit(0)
+            case _:
+                raise BadMessage(f"{type(message).__name__} is not for a worker")
+
+    def _from_control(self, message: Message) -> None:
+        match message:
+            case PutRule():
+                self._incoming[message.rule] = message
+            case DropRule(rule):
+                self._incoming[rule] = None
+            case Commit(generation):
+                self._commit()
+                self._answer(Committed(generation, self._sender.name))
+            case Sync(id):
+                self._sync()
+                self._answer(Synced(id))
+            case _:
+                raise BadMessage(f"{type(message).__name__} is not for a worker")
+
+    def _answer(self, message: Message) -> None:
+        try:
+            if self.control is not None:
+                self.control.send(message)
+        except OSError as error:
+            log.warning("control does not take an answer (%s): it will ask again", error.strerror)
+
+    def _commit(self) -> None:
+        if self._fresh:
+            gone = [r.rule for r in self.rules if r.rule not in self._incoming]
+            self._incoming.update(dict.fromkeys(gone))
+        touched, number = RuleSet(), itertools.count()
+        for slot, rule in self._incoming.items():
+            old = self.rules.get(slot)
+            if old == rule:
+                continue
+            for form in (old, rule):
+                if form is not None:
+                    touched.put(dataclasses.replace(form, rule=next(number)))
+            self.rules.drop(slot)
+            if rule is not None:
+                self.rules.put(rule)
+        self._incoming, self._fresh = {}, False
+        self._put_in_force(touched)
+
+    def _put_in_force(self, touched: RuleSet) -> None:
+        self.table.rules_changed(touched)
+        if not self._committed:
+            self._committed = True
+            self.table.restore()
+            for ring in self.rings.values():
+                self._poll.register(ring.sock, select.POLLIN)
+        for ring in self.rings.values():
+            self._filter(ring)
+
+    def _filter(self, ring: Ring) -> None:
+        ring.set_filter(self.rules.ranges(ring.ifindex, 4), self.rules.ranges(ring.ifindex, 6))
+
+    def _sync(self) -> None:
+        self.table.fold()
+        for ring in self.rings.values():
+            lost = np.uint64(ring.lost())
+            self.counters.totals[RECEIVED] += lost
+            self.counters.drops[RING_FULL] += lost
+
+    # ---- rings -----------------------------------------------------------------------------
+
+    def _add_ring(self, ring: Ring) -> None:
+        self._remove_ring(ring.ifindex)
+        self.rings[ring.ifindex] = self._by_fd[ring.sock.fileno()] = ring
+        if self._committed:
+            self._poll.register(ring.sock, select.POLLIN)
+            self._filter(ring)
+
+    def _remove_ring(self, ifindex: int) -> None:
+        ring = self.rings.pop(ifindex, None)
+        if ring is not None:
+            del self._by_fd[ring.sock.fileno()]
+            if self._committed:
+                self._poll.unregister(ring.sock)
+            ring.close()
+
+    def _forward(self, ring: Ring) -> None:
+        """What waits in a ring, a batch at a time."""
+        for round_ in range(_ROUNDS):
+            count = ring.ready(MAX_BATCH)
+            if count == 0:
+                if round_ == 0:
+                    ring.clear_stray()
+                return
+            self.table.now += 1
+            count = ring.fitting(count, WHOLE_BUFFERS)
+            path = self.scalar if count <= SCALAR_MOST else self.vector
+            path.forward(ring, count)
+            ring.release(count)
+
+    # ---- the loop --------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Until Stop, or the supervisor's end."""
+        while True:
+            ready = dict(self._poll.poll())
+            if self.supervisor.fileno() in ready:
+                self._drain(self.supervisor)
+            elif self.control is not None and self.control.fileno() in ready:
+                self._drain(self.supervisor)
+                self._drain(self.control)
+            for fd, event in ready.items():
+                ring = self._by_fd.get(fd)
+                if ring is not None:
+                    self._forward(ring)
+                    if event & select.POLLERR:
+                        ring.clear_error()
+
+    def _drain(self, channel: Channel) -> None:
+        """Every message that waits. Control's end is not ours: rules stay in force until another comes."""
+        while True:
+            try:
+                got = channel.receive()
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                got = None
+            if got is None:
+                if channel is self.supervisor:
+                    sys.exit("the supervisor is gone")
+                self._leave_control()
+                return
+            message, fds = got
+            if channel is self.supervisor:
+                self._from_supervisor(message, fds)
+            else:
+                self._from_control(message)
+
+
+def main() -> None:
+    """`python -m mrelay.worker FD UID GID`, started by the supervisor."""
+    supervisor = settle("worker")
+    sender = best_sender()
+    first = supervisor.receive()
+    if first is None or not isinstance(first[0], WorkerSetup):
+        sys.exit("the supervisor's first message is not WorkerSetup")
+    supervisor.sock.setblocking(False)
+    worker = Worker(supervisor, first[0], first[1], sender)
+    restrict_worker()
+    worker.run()

@@ -1,0 +1,29 @@
+"""Fixtures of the namespace tests. (Without the privileges the tests are skipped by tests/conftest.py.)"""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from netns.lab import Lab
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    """A laboratory that is cleared away after the test."""
+    for tool in ("ip", "ethtool"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"needs the command {tool}")
+    with Lab() as made:
+        yield made
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that outlives a relay, and that its users can reach (tmp_path is for root only)."""
+    made = Path(tempfile.mkdtemp(prefix="mrelay-test-"))
+    made.chmod(0o755)
+    yield made
+    shutil.rmtree(made)

@@ -1,0 +1,210 @@
+"""The worker's system calls: the filter in an interpreter, and a process that lives behind it."""
+
+import errno
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from mrelay.kernel import cbpf, seccomp
+
+# What a worker does (must succeed) and what it must never do (must say EPERM), reported as JSON.
+CONFINED = """
+import ctypes, gc, json, mmap, os, select, signal, socket, sys, threading, time, traceback
+import numpy as np
+from mrelay.kernel import cbpf, seccomp
+
+receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+receiver.bind(("127.0.0.1", 0))
+there = receiver.getsockname()
+left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+memory = os.memfd_create("counters")
+os.ftruncate(memory, 4096)
+libc = ctypes.CDLL(None, use_errno=True)
+fresh = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+seccomp.restrict_worker()
+
+def descriptors():
+    left.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, memory.to_bytes(4, sys.byteorder))])
+    ancillary = right.recvmsg(10, 100)[1]
+    fd = int.from_bytes(ancillary[0][2][:4], sys.byteorder)
+    with mmap.mmap(fd, 4096) as view:
+        view[0] = 1
+    os.close(fd)
+
+def datagrams():
+    sender = socket.socket(fileno=os.dup(fresh.fileno()))
+    sender.setblocking(False)
+    sender.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    cbpf.attach(sender, cbpf.DROP_ALL)
+    sender.sendto(b"one", there)
+    sender.sendmsg([b"two"], [], 0, there)
+    waiting = select.poll()
+    waiting.register(receiver, select.POLLIN)
+    waiting.poll(1000)
+    assert receiver.recv(9) == b"one" and receiver.recvmsg(9)[0] == b"two"
+    sender.close()
+
+def vectors():
+    for bits in range(12, 25):
+        np.sort(np.ones(1 << bits, np.uint8))
+        bytearray(1 << bits).extend(bytes(1 << bits))
+    gc.collect()
+
+def waits():
+    time.sleep(0.001)
+    select.select([right], [], [], 0.001)
+    with select.epoll() as poll:
+        poll.register(right, select.EPOLLIN)
+        poll.poll(0.001)
+
+def signals():
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+
+def the_rest():
+    os.getrandom(8), os.getpid(), os.getppid(), os.sched_yield(), os.set_blocking(right.fileno(), False)
+    time.monotonic(), time.time(), time.process_time(), time.thread_time()
+    os.write(2, b"")
+
+def call(name, *arguments):
+    if getattr(libc, name)(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), name)
+
+def outcome(action):
+    try:
+        action()
+    except OSError as error:
+        return error.errno
+    except (RuntimeError, ImportError) as error:
+        return type(error).__name__
+    return 0
+
+done = {a.__name__: outcome(a) for a in (descriptors, datagrams, vectors, waits, signals, the_rest)}
+refused = {
+    "socket": outcome(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)),
+    "socketpair": outcome(socket.socketpair),
+    "open": outcome(lambda: open("/etc/hostname")),
+    "connect": outcome(lambda: fresh.connect(there)),
+    "bind": outcome(lambda: fresh.bind(("127.0.0.1", 0))),
+    "listen": outcome(lambda: call("listen", fresh.fileno(), 1)),
+    "execve": outcome(lambda: os.execv("/bin/true", ["true"])),
+    "fork": outcome(os.fork),
+    "kill": outcome(lambda: os.kill(os.getpid(), 0)),
+    "ptrace": outcome(lambda: call("ptrace", 0, 0, None, None)),
+    "io_uring_setup": outcome(lambda: call("syscall", 425, 1, None)),
+    "ioctl": outcome(lambda: call("ioctl", fresh.fileno(), 0x8946, None)),
+    "executable memory": outcome(lambda: mmap.mmap(-1, 4096, prot=mmap.PROT_EXEC)),
+    "thread": outcome(threading.Thread(target=int).start),
+    "late import": outcome(lambda: __import__("wave")),
+}
+try:
+    1 / 0
+except ZeroDivisionError:
+    traceback.print_exc()
+print(json.dumps({"done": done, "refused": refused}))
+raise RuntimeError("the last words")
+"""
+
+KILLED = """
+import os
+from mrelay.kernel import seccomp
+seccomp.restrict_worker(seccomp.SECCOMP_RET_KILL_PROCESS)
+os.kill(os.getpid(), 0)
+"""
+
+
+def python(script: str) -> "subprocess.CompletedProcess[str]":
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environ, timeout=50
+    )
+
+
+@pytest.fixture(scope="module")
+def confined() -> "subprocess.CompletedProcess[str]":
+    if os.uname().machine not in seccomp.MACHINES:
+        pytest.skip(f"no seccomp call numbers for {os.uname().machine}")
+    return python(CONFINED)
+
+
+def report(confined: "subprocess.CompletedProcess[str]") -> dict[str, dict[str, Any]]:
+    assert confined.stdout, confined.stderr
+    found: dict[str, dict[str, Any]] = json.loads(confined.stdout)
+    return found
+
+
+def test_a_worker_can_work(confined: "subprocess.CompletedProcess[str]") -> None:
+    done = report(confined)["done"]
+    assert done == dict.fromkeys(done, 0)
+
+
+def test_a_worker_can_open_nothing(confined: "subprocess.CompletedProcess[str]") -> None:
+    refused = report(confined)["refused"]
+    assert refused.pop("thread") == "RuntimeError"
+    assert refused.pop("late import") in (errno.EPERM, "ModuleNotFoundError")  # as the finder has it cached
+    assert refused == dict.fromkeys(refused, errno.EPERM)
+
+
+def test_an_error_is_told_though_sources_cannot_be_read(
+    confined: "subprocess.CompletedProcess[str]",
+) -> None:
+    assert confined.returncode == 1
+    assert "ZeroDivisionError: division by zero" in confined.stderr
+    assert confined.stderr.endswith("RuntimeError: the last words\n")
+
+
+def test_the_rest_may_kill_instead(confined: "subprocess.CompletedProcess[str]") -> None:
+    assert python(KILLED).returncode == -signal.SIGSYS
+
+
+def verdict(program: list[cbpf.Insn], arch: int, number: int, *arguments: int) -> int:
+    """What the program returns for a call (struct seccomp_data, little-endian)."""
+    data = struct.pack("<iIQ6Q", number, arch, 0, *arguments, *[0] * (6 - len(arguments)))
+    accumulator = at = 0
+    while True:
+        code, jt, jf, k = program[at]
+        at += 1
+        match code:
+            case 0x20:  # BPF_LD | BPF_W | BPF_ABS
+                (accumulator,) = struct.unpack_from("<I", data, k)
+            case 0x15:  # BPF_JMP | BPF_JEQ
+                at += jt if accumulator == k else jf
+            case 0x45:  # BPF_JMP | BPF_JSET
+                at += jt if accumulator & k else jf
+            case 0x06:  # BPF_RET
+                return k
+            case _:
+                raise AssertionError(f"code {code:#x}")
+
+
+@pytest.mark.parametrize("machine", seccomp.MACHINES)
+def test_every_call_on_every_machine(machine: str) -> None:
+    program = seccomp.build(seccomp.WORKER, seccomp.REFUSE, machine)
+    column, arch = list(seccomp.MACHINES).index(machine), seccomp.MACHINES[machine].audit_arch
+    plain = {numbers[column] for name, numbers in seccomp.CALLS.items() if name not in seccomp.GUARDS}
+    guarded = {seccomp.CALLS[name][column] for name in seccomp.GUARDS}
+    for number in {*range(500), 0x40000001} - guarded:
+        want = seccomp.SECCOMP_RET_ALLOW if number in plain else seccomp.REFUSE
+        assert verdict(program, arch, number) == want, number
+    assert verdict(program, 0x40000003, 0) == seccomp.SECCOMP_RET_KILL_PROCESS  # AUDIT_ARCH_I386
+
+
+@pytest.mark.parametrize("machine", seccomp.MACHINES)
+def test_arguments_are_looked_at(machine: str) -> None:
+    program = seccomp.build(seccomp.WORKER, seccomp.REFUSE, machine)
+    column, arch = list(seccomp.MACHINES).index(machine), seccomp.MACHINES[machine].audit_arch
+    for name in ("mmap", "mprotect"):
+        number = seccomp.CALLS[name][column]
+        assert verdict(program, arch, number, 0, 4096, 1 | 2) == seccomp.SECCOMP_RET_ALLOW
+        assert verdict(program, arch, number, 0, 4096, 1 | 4) == seccomp.REFUSE
+    ioctl = seccomp.CALLS["ioctl"][column]
+    assert verdict(program, arch, ioctl, 3, seccomp.FIONBIO) == seccomp.SECCOMP_RET_ALLOW
+    assert verdict(program, arch, ioctl, 3, 0x5412) == seccomp.REFUSE  # TIOCSTI
