@@ -29,7 +29,7 @@ BPF_FUNC_map_lookup_elem, BPF_FUNC_ktime_get_ns, BPF_FUNC_redirect = 1, 5, 23
 
 R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10 = range(11)
 W, DW = 0x00, 0x18  # BPF_W, BPF_DW: 4 and 8 bytes
-AND, MOV, ADD, SUB = 0x50, 0xB0, 0x00, 0x10  # BPF_ALU64 operations
+MOV, ADD, SUB = 0xB0, 0x00, 0x10  # BPF_ALU64 operations
 JEQ, JGT, JGE, JNE, JLT, JLE = 0x10, 0x20, 0x30, 0x50, 0xA0, 0xB0  # unsigned jumps
 
 

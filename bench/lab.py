@@ -103,6 +103,7 @@ class Lab:
             _exec(namespace, "sh", "-c", f"echo 1 > /sys/class/net/{name}/threaded")
             for pid in _napi_threads(name) - before:
                 os.sched_setaffinity(pid, {core})
+                os.setpriority(os.PRIO_PROCESS, pid, -20)  # see systems.py, _prefer
 
     def _receivers(self) -> list[tuple[str, str]]:
         return [(self.relay, "r0"), *((self.sink, name) for name in self.sinks)]

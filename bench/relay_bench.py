@@ -136,9 +136,12 @@ def _throughput(options: argparse.Namespace, system: System, case: Case) -> _Mea
             indexes = lab.sink_indexes()
             with labs.inside(lab.sink):
                 sink = Sink(indexes, PAYLOAD)
-            with sink, systems.running(system, lab, case, options.relay_core):
+            with sink, systems.running(system, lab, case, options.relay_core) as files:
                 lab.thread_napi(options.relay_core)
                 counted = _count(options, lab, sink, case)
+                if not all(counted.outputs):
+                    silent = f"{case}, {system.name}: an output sent nothing: {systems.words(files)}"
+                    results.problems.append(silent)
             results.rates.append(Rate(case, system.name, number, counted))
 
     return measure

@@ -2,7 +2,7 @@
 
 import ipaddress
 import string
-from typing import Any
+from typing import Any, Literal
 
 from hypothesis import strategies as st
 
@@ -10,6 +10,9 @@ from mrelay.model.config import Config
 from mrelay.model.rule import check_rules
 
 Table = dict[str, Any]
+Version = Literal[4, 6]
+
+versions: st.SearchStrategy[Version] = st.sampled_from([4, 6])
 
 interfaces = st.text(string.ascii_letters + string.digits + "._-+~", min_size=1, max_size=15).filter(
     lambda name: name not in {".", ".."}
@@ -19,17 +22,17 @@ port_ranges = st.tuples(ports, ports).map(lambda pair: f"{min(pair)}-{max(pair)}
 names = st.text(string.ascii_letters + string.digits + "._-", min_size=1, max_size=64)
 # Past the groups that need link_local = true.
 groups = {4: st.integers(0xE0000100, 0xEFFFFFFF), 6: st.integers(0xFF3E << 112, (0xFF3F << 112) - 1)}
-hosts = {4: "10.0.0.0/8", 6: "2001:db8::/32"}
+hosts: dict[Version, str] = {4: "10.0.0.0/8", 6: "2001:db8::/32"}
 
 
-def addresses(version: int) -> st.SearchStrategy[str]:
+def addresses(version: Version) -> st.SearchStrategy[str]:
     """Hosts and groups of one family."""
     host = st.ip_addresses(v=version, network=hosts[version]).map(str)
     return host | groups[version].map(lambda number: str(ipaddress.ip_address(number)))
 
 
 @st.composite
-def prefixes(draw: st.DrawFn, version: int) -> str:
+def prefixes(draw: st.DrawFn, version: Version) -> str:
     """A prefix of groups."""
     group = ipaddress.ip_address(draw(groups[version]))
     length = draw(st.integers(24, group.max_prefixlen))
@@ -39,7 +42,7 @@ def prefixes(draw: st.DrawFn, version: int) -> str:
 @st.composite
 def input_tables(draw: st.DrawFn) -> Table:
     """An Input as a table."""
-    version = draw(st.sampled_from([4, 6]))
+    version = draw(versions)
     source = st.ip_addresses(v=version, network=hosts[version]).map(str)
     options = {"source": source | st.just(hosts[version]), "vlan": st.integers(1, 4094)}
     table: Table = {
@@ -51,9 +54,9 @@ def input_tables(draw: st.DrawFn) -> Table:
 
 
 @st.composite
-def output_tables(draw: st.DrawFn, version: int | None = None) -> Table:
+def output_tables(draw: st.DrawFn, version: Version | None = None) -> Table:
     """An Output as a table; of the family given where it keeps the input's address or source."""
-    ours = version or draw(st.sampled_from([4, 6]))
+    ours: Version = draw(versions) if version is None else version
     source = st.ip_addresses(v=ours, network=hosts[ours]).map(str)
     options = {
         "ttl": st.integers(1, 255) | st.just("decrement"),
@@ -72,7 +75,7 @@ def output_tables(draw: st.DrawFn, version: int | None = None) -> Table:
 def rule_tables(draw: st.DrawFn) -> Table:
     """A Rule as a table; loops are allowed, as what is generated may well be one."""
     origin = draw(input_tables())
-    version = 6 if ":" in origin["address"] else 4
+    version: Version = 6 if ":" in origin["address"] else 4
     # Told apart by interface, so no two are the same.
     outputs = draw(st.lists(output_tables(version), min_size=1, max_size=4, unique_by=lambda t: t["interface"]))
     return {"name": draw(names), "from": origin, "to": outputs, "allow_loop": True} | draw(

@@ -223,9 +223,7 @@ def test_a_socket_left_behind(run: Run, tmp_path: Path) -> None:
     assert f"no relay answers at {path}" in err
 
 
-def test_permission_denied_names_the_group(
-    run: Run, relay: FakeRelay, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_permission_denied_names_the_group(run: Run, relay: FakeRelay, monkeypatch: pytest.MonkeyPatch) -> None:
     """Root is refused nothing, so the refusal itself is put in; the group is read from the real socket."""
 
     def refused(*_: object) -> None:

@@ -129,9 +129,7 @@ def test_sysctls(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["net.core.rmem_max"].verdict == "warn"
 
 
-def test_strict_reverse_path_filter_is_no_matter_to_the_relay(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_strict_reverse_path_filter_is_no_matter_to_the_relay(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "reverse_path_filters", lambda: {"eth0": 1, "eth1": 2})
     found = findings(run)["rp_filter"]
     assert (found.verdict, found.found) == ("ok", "strict on eth0")
@@ -144,9 +142,7 @@ def test_kernel_multicast_routing(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("missing", [True, False])
-def test_an_interface_that_cannot_merge_frames(
-    run: Run, monkeypatch: pytest.MonkeyPatch, missing: bool
-) -> None:
+def test_an_interface_that_cannot_merge_frames(run: Run, monkeypatch: pytest.MonkeyPatch, missing: bool) -> None:
     fixed = ethtool.Feature(available=True, requested=False, active=False, never_changed=True)
     monkeypatch.setattr(ethtool, "features", lambda _: {} if missing else {doctor.GRO: fixed})
     assert findings(run)["offloads of eth0"].verdict == "warn"

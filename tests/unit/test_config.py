@@ -7,8 +7,8 @@ import pytest
 import tomlkit
 from hypothesis import given
 from hypothesis import strategies as st
-from model_strategies import configs
 
+from model_strategies import configs
 from mrelay.model.config import Config, ConfigError, Issue, RelaySettings, load_config, parse_rules, save_rules
 from mrelay.model.rule import Rule
 
@@ -201,7 +201,7 @@ def test_a_changed_rule_keeps_its_place_and_comments() -> None:
 
 
 def test_a_rule_whose_endpoint_is_a_table_can_change() -> None:
-    one, two, three = rules_in(COMMENTED)
+    one, _, three = rules_in(COMMENTED)
     changed = rule("cam-2", "eth0:239.1.1.9:5000", "eth2:*:*")
     text = save_rules(COMMENTED, [one, changed, three])
     assert rules_in(text) == (one, changed, three)

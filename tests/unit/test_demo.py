@@ -1,6 +1,7 @@
 """What the demo says and when it counts as a success; nothing here needs privilege."""
 
 import errno
+import os
 
 import pytest
 
@@ -9,8 +10,8 @@ from mrelay.demo import command
 from mrelay.demo.report import KernelReport, Report
 from mrelay.demo.stream import Reading
 
-LATENCY = {"min": 5.0, "p50": 40.0, "p99": 90.4, "max": 300.0}
-NO_LATENCY = {"min": None, "p50": None, "p99": None, "max": None}
+LATENCY: dict[str, float | None] = {"min": 5.0, "p50": 40.0, "p99": 90.4, "max": 300.0}
+NO_LATENCY: dict[str, float | None] = dict.fromkeys(LATENCY)
 
 
 def reading(number: int, received: int, duplicates: int = 0) -> Reading:
@@ -62,7 +63,7 @@ def test_without_privilege_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -
         raise PermissionError(errno.EPERM, "unshare: Operation not permitted")
 
     monkeypatch.setattr(command, "Topology", refuse)
-    monkeypatch.setattr(command.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(Failure, match="sudo mrelay demo") as failure:
         command.demo()
     assert failure.value.status == NOT_PERMITTED

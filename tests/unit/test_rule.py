@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from model_strategies import Table, rule_tables
 from pydantic import ValidationError
 
+from model_strategies import Table, rule_tables
 from mrelay.model.issue import Issue, issues_of
 from mrelay.model.rule import Rule, check_rules
 
@@ -19,7 +19,7 @@ def rule(name: str, origin: str, *to: str, **allowed: bool) -> Rule:
 def complaints(table: object) -> list[Issue]:
     """Everything a Rule says against table; there is something."""
     with pytest.raises(ValidationError) as caught:
-        Rule.model_validate(table)
+        Rule.read(table)
     return issues_of(caught.value)
 
 
@@ -59,6 +59,7 @@ def test_endpoints_may_be_tables() -> None:
         (table("eth0:239.1.1.1:5", "eth1:*:*") | {"to": "eth1:*:*"}, "to", "one output", 'to = ["'),
         (table("eth0:239.1.1.1:5", "eth1:*:*", link_local="yes"), "link_local", "'yes'", "= true"),
         (table("eth0:239.1.1.1:5", "eth1:*:*", alow_loop=True), "alow_loop", "alow_loop", "'allow_loop'"),
+        (table("eth0:239.1.1.1:5", "eth1:*:*", from_=3), "from_", "'from_'", "'from'"),
         (table("eth0:239.1.1.1:5", "eth1:*:*,tll=1"), "to[0].tll", "tll", "'ttl'"),
         (table("eth0:239.1.1.1:0", "eth1:*:*"), "from.port", "0", "5000"),
         (table("eth0:239.1.1.1:5", "eth1:*:*") | {"name": "a b"}, "name", "'a b'", "studio-a"),

@@ -16,11 +16,7 @@ from typing import Final
 IFF_UP: Final = 0x1
 IFF_LOOPBACK: Final = 0x8
 IFF_MULTICAST: Final = 0x1000
-# asm-generic/unistd.h; linux/io_uring.h
-SYS_IO_URING_SETUP: Final = 425
-IORING_SETUP_SINGLE_ISSUER: Final = 1 << 12
-IORING_SETUP_DEFER_TASKRUN: Final = 1 << 13
-_IO_URING_PARAMS: Final = 120  # bytes of struct io_uring_params
+_IO_URING_PARAMS: Final = 120  # bytes of struct io_uring_params, linux/io_uring.h
 
 PROC: Final = Path("/proc")
 SYS_NET: Final = Path("/sys/class/net")
@@ -85,11 +81,15 @@ def try_io_uring() -> int:
 
     EINVAL with flags that came with Linux 6.1 means an older kernel whose io_uring works otherwise.
     """
-    lean = _io_uring_setup(IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN)
+    from mrelay.kernel import io_uring  # here, because it imports NumPy
+
+    lean = _io_uring_setup(io_uring.IORING_SETUP_SINGLE_ISSUER | io_uring.IORING_SETUP_DEFER_TASKRUN)
     return _io_uring_setup(0) if lean == errno.EINVAL else lean
 
 
 def _io_uring_setup(flags: int) -> int:
+    from mrelay.kernel.io_uring import SYS_IO_URING_SETUP
+
     libc = ctypes.CDLL(None, use_errno=True)
     params = (ctypes.c_uint32 * (_IO_URING_PARAMS // 4))()
     params[2] = flags

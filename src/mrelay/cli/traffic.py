@@ -4,6 +4,7 @@ Called by the command line's app. Blocks until the stream ends, `--duration` is 
 The data goes to stdout, progress to stderr.
 """
 
+import sys
 from typing import Annotated
 
 from cyclopts import Parameter, validators
@@ -55,12 +56,13 @@ def send(
     try:
         with Stop() as stop, _Progress() as progress, Sender(plan) as sender:
             result = sender.run(stop, 1.0, lambda so_far: progress.show(_sent_text(so_far)))
+            if as_json:
+                print_json(_sent_json(plan, result))
+            else:
+                print(_sent_text(result))
+            sys.stdout.flush()  # while signals are still only noted
     except TrafficError as error:
         raise Failure(str(error)) from error
-    if as_json:
-        print_json(_sent_json(plan, result))
-    else:
-        print(_sent_text(result))
 
 
 def receive(
@@ -94,6 +96,7 @@ def receive(
                 print_json({"endpoint": str(wanted), **receiver.summary()})
             else:
                 print(_received_summary(wanted, receiver))
+            sys.stdout.flush()  # while signals are still only noted
     except TrafficError as error:
         raise Failure(str(error)) from error
     return int(fail_on_loss and (receiver.lost > 0 or receiver.received == 0))

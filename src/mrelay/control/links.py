@@ -55,8 +55,9 @@ class LinkTable:
         self.by_name = {link.name: link for link in links}
         self._names = {link.ifindex: link.name for link in self.by_name.values()}
         for link in self.by_name.values():
-            self._count(link.ifindex, 4, link.ipv4)
-            self._count(link.ifindex, 6, link.ipv6)
+            if link.up:  # one that is down loses IPv6 addresses, only to get them back
+                self._count(link.ifindex, 4, link.ipv4)
+                self._count(link.ifindex, 6, link.ipv6)
         for counts in self._addresses, self._epochs:
             for key in [key for key in counts if key[0] not in self._names]:
                 del counts[key]

@@ -21,7 +21,6 @@ from mrelay.control.want import (
     in_force,
     output_state,
     plan_rules,
-    resources,
     rule_state,
 )
 from mrelay.control.workers import Workers
@@ -92,15 +91,14 @@ class Reconciler:
 
     async def _reconcile(self) -> None:
         plans = plan_rules(self._book.rules, self._book.slots, self._links, self._ids, self._settings)
-        wanted = resources(plans)
+        wanted = {what for plan in plans for what in plan.needs()}
         self.failed = {what: problem for what, problem in self.failed.items() if what in wanted}
         self._refused &= wanted
-        await self._grant({what for plan in plans for what in plan.early()})
-        running = [(plan, put) for plan in plans if (put := in_force(plan, self.failed))]
-        joins = {join for plan, _ in running for join in plan.joins}
-        await self._release(what for what in self._have if isinstance(what, JoinGroup) and what not in joins)
+        await self._grant({what for plan in plans for what in plan.opens()})
+        await self._release(what for what in self._have - wanted if isinstance(what, JoinGroup))
+        running = [(plan, put) for plan in plans if (put := in_force(plan, self._have))]
         await self._workers.put({put.rule: put for _, put in running})
-        await self._grant(joins)
+        await self._grant({join for plan, _ in running if plan.state == UP for join in plan.joins})
         await self._release(self._have - wanted)
         self._ids.keep({what.output for what in self._have | wanted if isinstance(what, OpenEgress)})
         self.plans, self.running = plans, [put for _, put in running]

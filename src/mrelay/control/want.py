@@ -4,7 +4,7 @@ Owns the step from an operator's rule to the objects that the supervisor opens a
 workers run. Pure: no I/O; the numbers of egress sockets come from an EgressIds. Called by reconcile.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -79,7 +79,7 @@ def _egress_key(egress: OpenEgress) -> EgressKey:
 
 @dataclass(frozen=True, slots=True)
 class OutputPlan:
-    """One output: its text, what keeps it waiting (or UP), and its socket and compiled form when UP."""
+    """One output: its text, what keeps it waiting (or UP); its socket and compiled form if the link exists."""
 
     text: str
     state: str
@@ -89,21 +89,31 @@ class OutputPlan:
 
 @dataclass(frozen=True, slots=True)
 class RulePlan:
-    """One rule: what keeps its input waiting (or UP), and what it needs when UP."""
+    """One rule: what keeps its input waiting (or UP), and what it needs if the input's link exists.
+
+    What is open stays so while a link is down, so that a flap costs nothing; it is only not opened then.
+    """
 
     rule: Rule
     state: str
     outputs: tuple[OutputPlan, ...]
-    before: frozenset[Resource] = frozenset()  # wanted before the rule is in force: ring, GRO, held ports
+    ingress: OpenIngress | None = None
+    beside: frozenset[Resource] = frozenset()  # wanted with the ring: GRO, held ports
     joins: frozenset[JoinGroup] = frozenset()  # wanted once it is
     compiled: PutRule | None = None
     warning: str = ""
 
-    def early(self) -> frozenset[Resource]:
-        """All that must be open before the workers get the rule."""
-        if self.compiled is None:
-            return frozenset()
-        return self.before | {output.egress for output in self.outputs if output.egress}
+    def needs(self) -> set[Resource]:
+        """All that may be open for this rule."""
+        found: set[Resource] = {output.egress for output in self.outputs if output.egress}
+        return found | self.beside | self.joins | ({self.ingress} if self.ingress else set())
+
+    def opens(self) -> set[Resource]:
+        """What is to be opened before the workers get the rule."""
+        found: set[Resource] = {o.egress for o in self.outputs if o.egress and o.state == UP}
+        if self.ingress and self.state == UP:
+            found |= {self.ingress, *self.beside}
+        return found
 
 
 def plan_rules(
@@ -117,12 +127,19 @@ def _plan_rule(rule: Rule, slots: Slots, links: LinkTable, ids: EgressIds, setti
     outputs = tuple(_plan_output(rule, output, slots, links, ids) for output in rule.to)
     link = links.by_name.get(rule.from_.interface)
     state = _link_state(rule.from_.interface, link)
-    compiled = tuple(output.compiled for output in outputs if output.compiled)
-    if link is None or state != UP or not compiled:
+    if link is None:
         return RulePlan(rule, state, outputs)
     joins, warning = _joins(rule.from_, link.ifindex)
-    put = _compile(rule.from_, slots.rules[rule.name].index, link.ifindex, compiled)
-    return RulePlan(rule, state, outputs, _before(rule.from_, link, settings), joins, put, warning)
+    return RulePlan(
+        rule,
+        state,
+        outputs,
+        ingress=OpenIngress(link.ifindex, settings.ring_slots),
+        beside=_beside(rule.from_, link, settings),
+        joins=joins,
+        compiled=_compile(rule.from_, slots.rules[rule.name].index, link.ifindex),
+        warning=warning,
+    )
 
 
 def _link_state(name: str, link: Link | None) -> str:
@@ -131,8 +148,8 @@ def _link_state(name: str, link: Link | None) -> str:
     return UP if link.up else f"waiting: {name} is down"
 
 
-def _before(origin: Input, link: Link, settings: Gro) -> frozenset[Resource]:
-    found: set[Resource] = {OpenIngress(link.ifindex, settings.ring_slots)}
+def _beside(origin: Input, link: Link, settings: Gro) -> frozenset[Resource]:
+    found: set[Resource] = set()
     if settings.gro:  # "auto" or true
         found.add(SetGro(link.ifindex, link.name))
     ports = range(origin.ports.low, origin.ports.high + 1)
@@ -155,7 +172,8 @@ def _is_host(network: Network) -> bool:
     return network.prefixlen == network.max_prefixlen
 
 
-def _compile(origin: Input, slot: int, ifindex: int, outputs: tuple[RuleOutput, ...]) -> PutRule:
+def _compile(origin: Input, slot: int, ifindex: int) -> PutRule:
+    """The rule without its outputs."""
     group_low, group_high = _range(origin.address)
     any_source = 0, 2**origin.address.max_prefixlen - 1
     source_low, source_high = _range(origin.source) if origin.source else any_source
@@ -170,7 +188,7 @@ def _compile(origin: Input, slot: int, ifindex: int, outputs: tuple[RuleOutput, 
         port_high=origin.ports.high,
         source_low=source_low,
         source_high=source_high,
-        outputs=outputs,
+        outputs=(),
     )
 
 
@@ -182,7 +200,7 @@ def _plan_output(rule: Rule, output: Output, slots: Slots, links: LinkTable, ids
     text = str(output)
     link = links.by_name.get(output.interface)
     state = _link_state(output.interface, link)
-    if link is None or state != UP:
+    if link is None:
         return OutputPlan(text, state)
     family = (output.address or rule.from_.address).version
     address = str(output.address) if output.address else None
@@ -202,18 +220,15 @@ def _plan_output(rule: Rule, output: Output, slots: Slots, links: LinkTable, ids
     return OutputPlan(text, state, egress, compiled)
 
 
-# ---- and what becomes of a plan when some of it can't be had ---------------------------------------
+# ---- and what becomes of a plan, given what could be opened -----------------------------------------
 
 
-def in_force(plan: RulePlan, failed: Mapping[Resource, str]) -> PutRule | None:
-    """The rule for the workers, with the outputs that can be had; None when there is nothing to do."""
-    put = plan.compiled
-    if put is None or any(what in failed for what in plan.before):
+def in_force(plan: RulePlan, have: AbstractSet[Resource]) -> PutRule | None:
+    """The rule for the workers with the outputs that are there, if any; None when it has no ring."""
+    if plan.compiled is None or plan.ingress not in have:
         return None
-    outputs = tuple(o.compiled for o in plan.outputs if o.compiled and o.egress not in failed)
-    if not outputs:
-        return None
-    return replace(put, outputs=outputs)
+    outputs = tuple(o.compiled for o in plan.outputs if o.compiled and o.state == UP and o.egress in have)
+    return replace(plan.compiled, outputs=outputs)
 
 
 def output_state(output: OutputPlan, failed: Mapping[Resource, str]) -> str:
@@ -226,13 +241,6 @@ def rule_state(plan: RulePlan, failed: Mapping[Resource, str]) -> str:
     """UP when all of the rule is; else the first thing that is amiss: input, memberships, outputs."""
     if plan.state != UP:
         return plan.state
-    for what in sorted(plan.before | plan.joins, key=str):
-        if what in failed:
-            return f"error: {failed[what]}"
-    states = [output_state(output, failed) for output in plan.outputs]
-    return next((state for state in states if state != UP), UP)
-
-
-def resources(plans: Sequence[RulePlan]) -> set[Resource]:
-    """All that the plans need."""
-    return {what for plan in plans for what in plan.early() | plan.joins}
+    problems = [f"error: {failed[what]}" for what in sorted(plan.needs() & failed.keys(), key=str)]
+    waiting = [output.state for output in plan.outputs if output.state != UP]
+    return next(iter(problems + waiting), UP)

@@ -38,6 +38,7 @@ class Program:
     def __init__(self, namespace: Namespace, log: Path, *arguments: str) -> None:
         self._log = log
         self._name = arguments[0]
+        self._asked_to_end = False
         with namespace.inside(), log.open("wb") as stderr:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "mrelay", *arguments],
@@ -74,13 +75,19 @@ class Program:
         return Failure(f"the demo's `mrelay {self._name}` {what}; its last words:", *(tail or ["(none)"]))
 
     def end_early(self) -> None:
-        """Ask it to finish with its summary."""
-        if self.running():
-            self._process.send_signal(signal.SIGINT)
+        """Ask it, once, to finish with its summary."""
+        if not self._asked_to_end and self.running():
+            self._asked_to_end = True
+            self._process.terminate()
 
     def result(self) -> Any:
-        """The JSON object it printed before it ended; Failure when it failed."""
+        """The JSON object it printed before it ended, None when it was asked to end before it had begun.
+
+        Failure when it failed.
+        """
         output, _ = self._process.communicate(timeout=_STOP_SECONDS)
+        if self._asked_to_end and self._process.returncode == -signal.SIGTERM and not output:
+            return None
         if self._process.returncode:
             raise self.failed(f"exited with {self._process.returncode}")
         return json.loads(output)

@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
+from mrelay.cli.failure import INTERRUPTED, Failure
 from mrelay.demo.processes import Program
 from mrelay.demo.topology import Topology
 from mrelay.model.endpoint import Input
@@ -75,7 +76,8 @@ class Stream:
     ) -> int:
         """Send `plan` to the endpoint `to`, receiving meanwhile; how many were sent.
 
-        Calls `on_tick` with the elapsed seconds every `every` seconds. Raises Failure when the sender fails.
+        Calls `on_tick` with the elapsed seconds every `every` seconds. Raises Failure when the
+        sender fails, or is interrupted before it began.
         """
         arguments = ["--rate", str(plan.rate), "--size", str(plan.size), "--count", str(plan.count)]
         with Program(self._network.source, log, "send", to, "--ttl", "8", "--json", *arguments) as sender:
@@ -88,25 +90,25 @@ class Stream:
                 if time.monotonic() >= tick_at:
                     tick_at += every
                     on_tick(time.monotonic() - start)
-            sent: dict[str, Any] = sender.result()
+            result = sender.result()
+        if result is None:
+            raise Failure("interrupted before the stream began", status=INTERRUPTED)
         self._settle()
-        return int(sent["sent"])
+        return int(result["sent"])
 
     def readings(self) -> list[Reading]:
         """Every receiver now; `pps` is since the last call."""
         now = time.monotonic()
-        elapsed = max(now - self._time_before, 1e-6)
-        readings = [
-            self._reading(i, (receiver.received - self._counts_before[i]) / elapsed)
-            for i, receiver in enumerate(self._receivers)
-        ]
+        readings = [self._reading(i, now) for i in range(len(self._receivers))]
         self._counts_before = [reading.received for reading in readings]
         self._time_before = now
         return readings
 
-    def _reading(self, i: int, pps: float) -> Reading:
+    def _reading(self, i: int, now: float) -> Reading:
+        receiver = self._receivers[i]
         # Only the demo's own sender is here, so there is one stream, or none yet.
-        account = next(iter(self._receivers[i].streams.values()), StreamAccount())
+        account = next(iter(receiver.streams.values()), StreamAccount())
+        elapsed = now - max(self._time_before, receiver.first_at)
         return Reading(
             name=f"receiver-{i + 1}",
             group=self._groups[i],
@@ -114,7 +116,7 @@ class Stream:
             lost=account.lost,
             duplicates=account.duplicates,
             reordered=account.reordered,
-            pps=pps,
+            pps=(account.received - self._counts_before[i]) / max(elapsed, 1e-6),
             latency=latency_us(account),
         )
 

@@ -73,9 +73,7 @@ def _socket_group(value: object) -> str | None:
         return None
     if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}", value):  # useradd(8)
         return value
-    raise fault(
-        f"{show(value)} is not a group's name", "name a group of this host; `getent group` lists them"
-    )
+    raise fault(f"{show(value)} is not a group's name", "name a group of this host; `getent group` lists them")
 
 
 def _ring_slots(value: object) -> int:
@@ -118,7 +116,7 @@ def load_config(text: str, file: str) -> Config:
     document = _toml(text, file)
     rules, issues = _rules(document.pop("rule", []), file)
     try:
-        settings = Config.model_validate(document)
+        settings = Config.read(document)
     except ValidationError as error:
         raise ConfigError(issues_of(error, file) + issues) from None
     if issues:
@@ -169,7 +167,7 @@ def _rules(tables: object, file: str) -> tuple[tuple[Rule, ...], list[Issue]]:
         name = table.get("name") if isinstance(table, dict) else None
         names.append(name if isinstance(name, str) and NAME.fullmatch(name) else f"rule {number}")
         try:
-            rules.append(Rule.model_validate(table))
+            rules.append(Rule.read(table))
         except ValidationError as error:
             issues += issues_of(error, file, names[-1])
     return tuple(rules), issues + check_names(names, file) + check_loops(rules, file)
@@ -220,7 +218,7 @@ def _update(table: TomlTable, rule: Rule) -> None:
 
 def _says(table: TomlTable, rule: Rule) -> bool:
     try:
-        return Rule.model_validate(table.unwrap()) == rule
+        return Rule.read(table.unwrap()) == rule
     except ValidationError:
         return False
 

@@ -12,6 +12,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, Field, PlainValidator, ValidationInfo, model_validator
+from pydantic_core import PydanticCustomError
 
 from mrelay.model.issue import Table, fault, show
 
@@ -74,9 +75,7 @@ def _bare(value: object) -> str:
     if text.startswith("[") and text.endswith("]"):
         text = text[1:-1]
     if "%" in text:
-        raise fault(
-            f"{show(text)} has a zone", "leave '%' and what follows out: the endpoint names the interface"
-        )
+        raise fault(f"{show(text)} has a zone", "leave '%' and what follows out: the endpoint names the interface")
     return text
 
 
@@ -92,9 +91,7 @@ def _network(value: object) -> Network:
         example = "239.1.1.1, 239.1.0.0/16 or [ff3e::1]"
         raise fault(f"{show(value)} is not an IP address or prefix", f"write for example {example}") from None
     host = text.partition("/")[0]
-    raise fault(
-        f"{show(text)} has host bits set", f"write {network} for the prefix, or {host} for one address"
-    )
+    raise fault(f"{show(text)} has host bits set", f"write {network} for the prefix, or {host} for one address")
 
 
 def _address(value: object) -> Address:
@@ -145,9 +142,7 @@ def _output_source(value: object) -> Address | Literal["egress", "keep"]:
         remedy = "write egress, keep, or one address such as 10.0.0.1"
         raise fault(f"source {show(value)} is not an IP address", remedy) from None
     if address.is_multicast or address.is_unspecified or address == BROADCAST:
-        raise fault(
-            f"{address} can't be a source", "write egress, keep, or a host's address such as 10.0.0.1"
-        )
+        raise fault(f"{address} can't be a source", "write egress, keep, or a host's address such as 10.0.0.1")
     return address
 
 
@@ -190,6 +185,8 @@ def split_endpoint(text: str, example: str) -> dict[str, str]:
     head, *options = (part.strip() for part in text.split(","))
     interface, _, rest = head.partition(":")
     source, at, target = rest.rpartition("@")
+    if ":" in source and not source.startswith("["):
+        raise _no_brackets(f"{interface}:[{source}]@{target}")
     address, port = _split_target(interface, target, example)
     fields = {"interface": interface, "address": address, "port": port}
     for option in [f"source={source}"] * bool(at) + options:
@@ -209,9 +206,7 @@ def _split_target(interface: str, target: str, example: str) -> tuple[str, str]:
     if target.startswith("["):
         address, closed, port = target.partition("]")
         if not closed:
-            raise fault(
-                f"{show(target)} has '[' and no ']'", "close it after the address: eth1:[ff3e::1]:6000"
-            )
+            raise fault(f"{show(target)} has '[' and no ']'", "close it after the address: eth1:[ff3e::1]:6000")
         if port.startswith("/"):
             raise fault(
                 f"{show(target)} has its prefix length outside the brackets",
@@ -224,7 +219,7 @@ def _split_target(interface: str, target: str, example: str) -> tuple[str, str]:
     if ":" in address:
         whole_target = not _is_address(address) or not port
         right = f"[{target}]:6000" if whole_target and _is_address(target) else f"[{address}]:{port}"
-        raise fault("an IPv6 address stands without brackets", f"write {interface}:{right}"[:80])
+        raise _no_brackets(f"{interface}:{right}")
     if address and port:
         return address, port
     if _is_address(interface.rpartition("@")[2]):
@@ -232,6 +227,10 @@ def _split_target(interface: str, target: str, example: str) -> tuple[str, str]:
     if _is_address(target.rstrip(":")):
         raise fault(f"{show(target)} has no port", f"add one: {interface}:{target.rstrip(':')}:5000")
     raise fault("this is not IFACE:[SOURCE@]ADDRESS:PORT", f"write for example {example}")
+
+
+def _no_brackets(right: str) -> PydanticCustomError:
+    return fault("an IPv6 address stands without brackets", f"write {right[:100]}")
 
 
 def _is_address(text: str) -> bool:
@@ -286,7 +285,7 @@ class Endpoint(Table):
     @classmethod
     def parse(cls, text: str) -> Self:
         """The endpoint that text says; raises pydantic.ValidationError (issues_of() explains it)."""
-        return cls.model_validate(text)
+        return cls.read(text)
 
 
 class Input(Endpoint):
@@ -302,9 +301,7 @@ class Input(Endpoint):
     address: Annotated[Network, PlainValidator(_input_address)] = Field(examples=['"239.1.1.1"'])
     ports: PortRange = Field(validation_alias="port", examples=["5000"])
     source: Annotated[Network | None, PlainValidator(_input_source), AfterValidator(_same_family)] = None
-    vlan: Annotated[int | None, PlainValidator(_keeping("untagged", whole(1, 4094, "a VLAN such as 20")))] = (
-        None
-    )
+    vlan: Annotated[int | None, PlainValidator(_keeping("untagged", whole(1, 4094, "a VLAN such as 20")))] = None
 
     def __str__(self) -> str:
         source = f"{text_of(self.source)}@" if self.source else ""
@@ -322,9 +319,7 @@ class Output(Endpoint):
     WHAT: ClassVar[str] = "an output"
     EXAMPLE: ClassVar[str] = "eth1:239.2.2.2:6000"
 
-    address: Annotated[Address | None, PlainValidator(_keeping("*", _address))] = Field(
-        examples=['"239.2.2.2"']
-    )
+    address: Annotated[Address | None, PlainValidator(_keeping("*", _address))] = Field(examples=['"239.2.2.2"'])
     port: Annotated[int | None, PlainValidator(_keeping("*", _output_port))] = Field(examples=["6000"])
     ttl: Annotated[
         int | None,

@@ -83,6 +83,11 @@ class Table(BaseModel):
     WHAT: ClassVar[str] = "this table"
     EXAMPLE: ClassVar[str] = "{ }"
 
+    @classmethod
+    def read(cls, data: object) -> Self:
+        """The model of what an operator wrote: only under TOML's keys, not the fields' names in code."""
+        return cls.model_validate(data, by_alias=True, by_name=False)
+
     @model_validator(mode="wrap")
     @classmethod
     def _only_faults(cls, data: object, handler: ModelWrapValidatorHandler[Self]) -> Self:

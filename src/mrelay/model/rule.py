@@ -46,9 +46,7 @@ def _source_fits(output: Output, origin: Input, target: Input) -> bool:
 def _name(value: object) -> str:
     if isinstance(value, str) and NAME.fullmatch(value):
         return value
-    raise fault(
-        f"{show(value)} is not a rule's name", "use 1 to 64 of A-Z a-z 0-9 . _ -, for example studio-a"
-    )
+    raise fault(f"{show(value)} is not a rule's name", "use 1 to 64 of A-Z a-z 0-9 . _ -, for example studio-a")
 
 
 # The checks below read other keys from info.data, where a key that has an error of its own is absent;
@@ -96,9 +94,7 @@ def _some(value: object) -> object:
     if isinstance(value, list | tuple) and value:
         return value
     if isinstance(value, str | dict):
-        raise fault(
-            "'to' is one output, not an array of them", f'put it in brackets: to = ["{Output.EXAMPLE}"]'
-        )
+        raise fault("'to' is one output, not an array of them", f'put it in brackets: to = ["{Output.EXAMPLE}"]')
     raise fault("a rule needs at least one output", f'write for example to = ["{Output.EXAMPLE}"]')
 
 
@@ -157,9 +153,7 @@ def check_loops(rules: Iterable[Rule], file: str) -> list[Issue]:
     """The loops on this host that none of their rules allows."""
     remedy = "change one rule's output, or set allow_loop = true in one of them if that is meant"
     return [
-        Issue(
-            file, loop[0].name, "to", f"packets go round: {' -> '.join(rule.name for rule in loop)}", remedy
-        )
+        Issue(file, loop[0].name, "to", f"packets go round: {' -> '.join(rule.name for rule in loop)}", remedy)
         for loop in _loops(rules)
     ]
 

@@ -10,7 +10,7 @@ import threading
 
 import numpy as np
 
-from mrelay.kernel.cbpf import Insn, attach, group_filter
+from mrelay.kernel.cbpf import SKF_NET_OFF, attach_group_filter
 from mrelay.kernel.packet import (
     L3_OFFSET,
     SLOT,
@@ -22,6 +22,7 @@ from mrelay.kernel.packet import (
     ring_drops,
 )
 
+ARPHRD_ETHER, ARPHRD_LOOPBACK = 1, 772  # linux/if_arp.h
 WHOLE = 66048  # bytes: the longest frame, 65,535 with link-layer, VLAN and virtio-net headers, rounded up
 WHOLE_BUFFERS = 64  # frames longer than a slot that one batch may hold
 _PEEK = 64  # bytes compared to find our place in the socket's queue
@@ -58,7 +59,9 @@ class Ring:
             None  # not known in a ring that somebody read before us, until a frame shows it
         )
         self._queue_checked = False
-        self._program: list[Insn] = []
+        self._ranges: tuple[list[tuple[int, int]], list[tuple[int, int]]] = [], []
+        # An absolute offset also reads headers that are not in the buffer's linear part; SKF_NET_OFF does not.
+        self._network_offset = 14 if _hardware_type(sock) in (ARPHRD_ETHER, ARPHRD_LOOPBACK) else SKF_NET_OFF
         sock.setblocking(False)
 
     @property
@@ -83,7 +86,7 @@ class Ring:
         if not mine.any():
             return False
         if mine.all():
-            time = self.u32[:, 5].astype(np.uint64) << 32 | self.u32[:, 6]  # tp_sec, tp_nsec
+            time = self.u32[:, 4].astype(np.uint64) << 32 | self.u32[:, 5]  # tp_sec, tp_nsec
             self._pos = int(time.argmin())
         else:
             self._pos = int(np.flatnonzero(mine & ~np.roll(mine, 1))[0])
@@ -151,10 +154,9 @@ class Ring:
 
     def set_filter(self, v4: list[tuple[int, int]], v6: list[tuple[int, int]]) -> None:
         """Let in only what is addressed to these closed address ranges."""
-        program = group_filter(v4, v6)
-        if program != self._program:
-            attach(self.sock, program)
-            self._program = program
+        if (v4, v6) != self._ranges:
+            attach_group_filter(self.sock, v4, v6, self._network_offset)
+            self._ranges = v4, v6
 
     def lost(self) -> int:
         """Frames that found the ring full since the last call."""
@@ -162,3 +164,9 @@ class Ring:
 
     def close(self) -> None:
         self.sock.close()
+
+
+def _hardware_type(sock: socket.socket) -> int:
+    """The ARPHRD_ type of a bound packet socket's interface."""
+    kind: int = sock.getsockname()[3]
+    return kind

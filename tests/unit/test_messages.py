@@ -1,0 +1,93 @@
+"""The roles' messages: what goes in comes out, and nothing else does."""
+
+import json
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mrelay.messages import (
+    BadMessage,
+    Channel,
+    Grant,
+    JoinGroup,
+    OpenEgress,
+    PutRule,
+    RuleOutput,
+    Setup,
+    Stop,
+    Sync,
+    WorkerUp,
+    channel_pair,
+    decode,
+    encode,
+)
+
+EXAMPLES = [
+    Grant(1, JoinGroup(3, "239.1.1.1", None)),
+    Grant(2, OpenEgress(4, 3, 6, "ff3e::1", 5000, "keep", 0)),
+    Setup(None, "/var/lib/mrelay", "auto", None, 0, False),
+    PutRule(1, 2, 0, 6, 2**127, 2**128 - 1, 1, 2, 3, 4, (RuleOutput(0, 1, 2, None, None, 0, -1, True),)),
+    WorkerUp(0, 1, 2, 3, 4),
+    Stop(),
+]
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
+def test_round_trip(message: Stop) -> None:
+    assert decode(encode(message)) == message
+
+
+@given(st.binary(max_size=200))
+def test_other_bytes_are_bad_messages(data: bytes) -> None:
+    with pytest.raises(BadMessage):
+        decode(data)
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
+def test_other_json_is_a_bad_message(value: object) -> None:
+    with pytest.raises(BadMessage):
+        decode(json.dumps({"v": 1, "m": value}).encode())
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        {"t": "Sync"},
+        {"t": "Sync", "id": "1"},
+        {"t": "Sync", "id": True},
+        {"t": "Sync", "id": 1, "more": 2},
+        {"t": "RuleOutput", "link": 0},
+        {"t": "JoinGroup", "ifindex": 3, "group": "239.1.1.1", "source": None},
+        {"t": "Grant", "id": 1, "what": {"t": "Stop"}},
+    ],
+)
+def test_near_misses_are_refused(plain: object) -> None:
+    with pytest.raises(BadMessage):
+        decode(json.dumps({"v": 1, "m": plain}).encode())
+
+
+def test_another_version_is_refused() -> None:
+    with pytest.raises(BadMessage, match="version"):
+        decode(b'{"v":2,"m":{"t":"Stop"}}')
+
+
+def test_descriptors_go_along_and_a_bad_message_leaks_none() -> None:
+    a, b = channel_pair()
+    sender, receiver = Channel(a), Channel(b)
+    sender.send(Sync(1), [0, 1])
+    got = receiver.receive()
+    assert got is not None
+    message, fds = got
+    assert (message, len(fds)) == (Sync(1), 2)
+    for fd in fds:
+        os.close(fd)
+    before = len(os.listdir("/proc/self/fd"))
+    a.sendmsg([b"nonsense"], [(1, 1, (0).to_bytes(4, "little"))])
+    with pytest.raises(BadMessage):
+        receiver.receive()
+    assert len(os.listdir("/proc/self/fd")) == before
+    sender.close()
+    assert receiver.receive() is None
+    receiver.close()
