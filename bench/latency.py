@@ -37,7 +37,7 @@ def measure(lab: labs.Lab, ingress: Endpoint, egress: Endpoint, pps: int, second
         receiver = _receiver(*egress)
     with labs.inside(lab.source):
         sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    with receiver, sender:
+    with receiver, sender, labs.real_time(1):
         sender.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, 8)
         sender.connect(ingress)
         warm, total = pps // 2, pps // 2 + int(pps * seconds)

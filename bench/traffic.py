@@ -8,7 +8,6 @@ until all is sent.
 """
 
 import contextlib
-import os
 import socket
 import struct
 import threading
@@ -18,6 +17,7 @@ from types import TracebackType
 from typing import Final, Self
 
 import bpf
+import lab as labs
 from bpf import (
     ADD,
     DW,
@@ -104,24 +104,18 @@ class Source:
         One call for the whole time: the kernel waits an RCU grace period (tens of ms) around every call.
         """
         thread = threading.Thread(target=self._send, args=(int(self.pps * seconds),))
-        _real_time(2)  # above the source, which shares the core: the caller must wake in time to count
-        thread.start()
-        try:
-            yield
-        finally:
-            thread.join()
-            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-            for thing in (self.program, self.state, self.headers):
-                thing.close()
+        with labs.real_time(2):  # above the source, which shares the core: the caller must wake to count
+            thread.start()
+            try:
+                yield
+            finally:
+                thread.join()
+                for thing in (self.program, self.state, self.headers):
+                    thing.close()
 
     def _send(self, frames: int) -> None:
-        _real_time(1)
-        self.program.test_run(self.frame, frames)
-
-
-def _real_time(priority: int) -> None:
-    """Run this thread before all others: the load is the outside world's, other work must not change it."""
-    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+        with labs.real_time(1):
+            self.program.test_run(self.frame, frames)
 
 
 def _pace(state: bpf.Array, gap: int) -> list[bpf.Insn | str]:

@@ -133,6 +133,10 @@ class FakeSupervisor:
         """Fail to open it from now on."""
         self.refuses[what] = Failed(0, errno, problem, "")
 
+    def hang_up(self) -> None:
+        """Be gone."""
+        self._reader.close()
+
     def said(self, kind: str) -> list[object]:
         """What was said of this kind, in order."""
         return [what for said, what in self.events if said == kind]

@@ -58,12 +58,13 @@ class Relay:
         arguments: Sequence[str] = (),
         launcher: Sequence[str] = (),
         folder: Path | None = None,
+        socket_path: Path | None = None,
     ) -> None:
         self.namespace = namespace
         self._keep = folder is not None
         self.folder = folder or Path(tempfile.mkdtemp(prefix="mrelay-test-"))
         self.folder.chmod(0o755)  # the relay's own users must reach what it puts there
-        self.socket = self.folder / "control.sock"
+        self.socket = socket_path or self.folder / "control.sock"
         self.state_dir = self.folder / "state"
         self.config = self.folder / "relay.toml"
         self._log = self.folder / "stderr"
@@ -241,9 +242,7 @@ class Relay:
 
     def await_rule(self, name: str, state: str) -> None:
         """Return when the rule's state begins with `state`."""
-        eventually(
-            lambda: self.rules().get(name, {}).get("state", "").startswith(state), f"rule {name} {state}"
-        )
+        eventually(lambda: self.rules().get(name, {}).get("state", "").startswith(state), f"rule {name} {state}")
 
     def await_stats(self, question: Callable[[Stats], bool], what: str) -> Stats:
         """The first stats for which `question` holds."""

@@ -1,6 +1,7 @@
 """Merged frames: GRO on the way in, UDP GSO senders, and receivers that must not notice either."""
 
 import socket
+import struct
 from collections import defaultdict
 
 import pytest
@@ -13,6 +14,8 @@ pytestmark = pytest.mark.netns
 GROUP = "239.1.1.1"
 OUT = "239.2.2.2"
 MRT_INIT = 200  # linux/mroute.h
+MRT_ADD_VIF = 202
+VIFF_USE_IFINDEX = 8
 FORWARDING = "rx-udp-gro-forwarding"
 
 
@@ -30,9 +33,7 @@ def merged_frames(wire: Capture, expected: int) -> int:
 def test_receivers_get_single_datagrams(lab: Lab, offload: bool, partial: bool) -> None:
     """A burst of equal datagrams merges on the way in; the application sees what was sent."""
     star = lab.star(outputs=2, offload=offload)
-    star.source.run(
-        "ethtool", "-K", "s0", "tx-udp-segmentation", "off"
-    )  # the burst arrives datagram by datagram
+    star.source.run("ethtool", "-K", "s0", "tx-udp-segmentation", "off")  # the burst arrives datagram by datagram
     if not partial:
         star.source.run("ethtool", "-K", "s0", "tx", "off")
     sent = payloads(200, 1000)
@@ -111,6 +112,7 @@ def test_sizes_change_within_a_flow(lab: Lab) -> None:
 def test_sender_that_uses_gso(lab: Lab, offload: bool, option: str) -> None:
     """A superpacket from a local sender arrives whole; every segment must leave, the short last one too."""
     star = lab.star(offload=offload)
+    star.sink.ip("route add 10.99.9.0/24 dev k0")  # the application's host judges the kept source, too
     sent = [*payloads(40, 1200), b"the short last one"]
     config = rule("a", f"in0:{GROUP}:5000", f"out0:{OUT}:6000{option}")
     with (
@@ -208,7 +210,7 @@ def test_gro_stays_off_beside_kernel_multicast_routing(lab: Lab) -> None:
 
 
 def routing_socket(namespace: Namespace) -> socket.socket:
-    """The socket of a kernel multicast router; skips where the kernel has none."""
+    """The socket of a kernel multicast router that serves in0; skips where the kernel has none."""
     with namespace.inside():
         sock = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_IGMP)
     try:
@@ -216,4 +218,7 @@ def routing_socket(namespace: Namespace) -> socket.socket:
     except OSError:
         sock.close()
         pytest.skip("the kernel has no multicast routing (CONFIG_IP_MROUTE)")
+    index = namespace.links()["in0"]["ifindex"]
+    vif = struct.pack("=HBBIi4s", 0, VIFF_USE_IFINDEX, 1, 0, index, b"")  # struct vifctl
+    sock.setsockopt(socket.IPPROTO_IP, MRT_ADD_VIF, vif)
     return sock

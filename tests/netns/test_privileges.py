@@ -92,7 +92,8 @@ def nobody_asks(relay: Relay) -> int:
 
 
 def test_started_by_nobody(lab: Lab) -> None:
-    probe = [*AS_NOBODY, sys.executable, "-c", "import mrelay.cli"]
+    again = "import os, sys, mrelay.cli; os.execv(sys.executable, [sys.executable, '-c', 'import mrelay.cli'])"
+    probe = [*AS_NOBODY, sys.executable, "-c", again]
     if subprocess.run(probe, capture_output=True, check=False, timeout=20).returncode:
         pytest.skip("needs a Python and a source tree that nobody may read")
     star = lab.star()

@@ -10,11 +10,11 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, Self
 
 from netns.frames import Packet, parse
-from netns.lab import SOURCE, SOURCE_6, Namespace
+from netns.lab import SOURCE, Namespace
 
 ETH_P_ALL: Final = 0x0003  # linux/if_ether.h
 SOL_PACKET: Final = 263  # linux/socket.h
@@ -75,9 +75,7 @@ class Sender(_Socket):
             self._set(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, ttl)
             self._set(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, dscp << 2)
             return
-        self.sock.setsockopt(
-            socket.IPPROTO_IP, socket.IP_MULTICAST_IF, struct.pack("=4s4si", b"", b"", index)
-        )
+        self.sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, struct.pack("=4s4si", b"", b"", index))
         self._set(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, ttl)
         self._set(socket.IPPROTO_IP, socket.IP_TTL, ttl)
         self._set(socket.IPPROTO_IP, socket.IP_TOS, dscp << 2)
@@ -109,9 +107,7 @@ def send_frames(namespace: Namespace, interface: str, frames: Iterable[bytes]) -
 class Receiver(_Socket):
     """A plain UDP socket at the sink on one interface, joined to groups: what an application gets."""
 
-    def __init__(
-        self, namespace: Namespace, interface: str, port: int, *groups: str, v6: bool = False
-    ) -> None:
+    def __init__(self, namespace: Namespace, interface: str, port: int, *groups: str, v6: bool = False) -> None:
         with namespace.inside():
             self.sock = socket.socket(socket.AF_INET6 if v6 else socket.AF_INET, socket.SOCK_DGRAM)
             index = socket.if_nametoindex(interface)
@@ -158,17 +154,24 @@ class Capture(_Socket):
         vlan = tci & 0xFFF if status & TP_STATUS_VLAN_VALID else None
         return data, vlan, bool(status & TP_STATUS_CSUMNOTREADY)
 
-    def wait(
-        self, count: int, seconds: float = 10.0, *, only: Callable[[Packet], bool] = lambda _: True
-    ) -> list[Packet]:
-        """The next `count` unfragmented UDP packets (that `only` takes); the rest is passed over."""
+    def wait(self, count: int, seconds: float = 10.0) -> list[Packet]:
+        """The next `count` unfragmented UDP packets; other frames are passed over."""
         got: list[Packet] = []
         deadline = time.monotonic() + seconds
         while len(got) < count:
             data, vlan, partial = self.frame(deadline, f"{len(got)} of {count} packets came")
             packet = parse(data, vlan=vlan, partial=partial)
-            if packet is not None and packet.dport not in _NOISE and only(packet):
+            if packet is not None and packet.dport not in _NOISE:
                 got.append(packet)
+        return got
+
+    def arrived(self) -> list[Packet]:
+        """Every unfragmented UDP packet that has come by now."""
+        got: list[Packet] = []
+        while select.select([self.sock], [], [], 0)[0]:
+            data, vlan, partial = self.frame(time.monotonic() + 1, "no frame came")
+            packet = parse(data, vlan=vlan, partial=partial)
+            got += [packet] if packet is not None else []
         return got
 
     def until(self, payload: bytes, seconds: float = 10.0) -> list[Packet]:
@@ -185,8 +188,3 @@ _NOISE: Final = {5353, 5355, 1900}  # mDNS, LLMNR, SSDP of a busy host
 def _await(sock: socket.socket, deadline: float, complaint: str) -> None:
     if not select.select([sock], [], [], max(0.0, deadline - time.monotonic()))[0]:
         raise AssertionError(f"only {complaint} in time")
-
-
-def source_for(group: str) -> str:
-    """The unroutable source of the group's address family."""
-    return SOURCE_6 if ":" in group else SOURCE

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import tomlkit
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_strategies import configs
@@ -250,6 +250,7 @@ def test_config_to_toml_to_config_loses_nothing(config: Config) -> None:
     assert load_config(toml_of(config), "relay.toml") == config
 
 
+@settings(max_examples=40)  # two configs take long to generate
 @given(configs(), configs())
 def test_saved_rules_are_the_rules(before: Config, after: Config) -> None:
     text = save_rules(toml_of(before), after.rules)

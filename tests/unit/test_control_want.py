@@ -31,6 +31,7 @@ ETH0 = Link("eth0", 2, True, frozenset({"10.0.0.1"}))
 ETH1 = Link("eth1", 3, True, frozenset({"10.0.1.1"}), frozenset({"fe80::1"}))
 DOWN = Link("eth2", 4, False)
 ANY_V4 = 0, 2**32 - 1
+GRO = Gro("auto", 1024)
 NONE_FAILED: dict[Resource, str] = {}
 
 
@@ -41,7 +42,7 @@ def rule(origin: str, *outputs: str, name: str = "r") -> Rule:
 def plan(
     *rules: Rule,
     links: Iterable[Link] = (ETH0, ETH1, DOWN),
-    settings: Gro = Gro("auto", 1024),
+    settings: Gro = GRO,
     ids: EgressIds | None = None,
 ) -> list[RulePlan]:
     table = LinkTable()

@@ -218,6 +218,8 @@ class Control:
 
     async def _reload(self, event: Reload, fds: list[int]) -> None:
         if self._relay is None or self._setup_message is None:
+            for fd in fds:
+                os.close(fd)
             log.warning("reload: still starting, nothing changed")
         elif event.problem or not fds:
             log.error("reload: %s; nothing changed", event.problem or "there is no config file")

@@ -10,5 +10,18 @@ import encodings.idna  # codecs look it up by name
 import anyio._backends._asyncio
 import uvicorn.lifespan.off
 import uvicorn.protocols.http.h11_impl
+from fastapi import FastAPI
+
+from mrelay.control.views import Health
 
 __all__ = ["anyio", "concurrent", "encodings", "uvicorn"]
+
+
+def _use_fastapi() -> None:
+    """What it and pydantic import late differs by version; a route and its document bring it in."""
+    app = FastAPI()
+    app.get("/", response_model=Health)(_use_fastapi)
+    app.openapi()
+
+
+_use_fastapi()

@@ -52,6 +52,7 @@ class Reconciler:
         self._waiting: list[asyncio.Future[None]] = []
         self._states: dict[str, str] = {}
         self._refused: set[Resource] = set()  # GRO and held ports: done without, retried when a link changes
+        self._known: dict[str, RulePlan] = {}  # made since the links last changed
         self.plans: list[RulePlan] = []
         self.failed: dict[Resource, str] = {}
         self.running: list[PutRule] = []
@@ -63,6 +64,7 @@ class Reconciler:
     def links_changed(self) -> None:
         """The same, and what was refused for good may now be had."""
         self._refused.clear()
+        self._known = {}
         self._wake.set()
 
     async def settled(self) -> None:
@@ -90,7 +92,8 @@ class Reconciler:
             log.debug("trying again what failed")
 
     async def _reconcile(self) -> None:
-        plans = plan_rules(self._book.rules, self._book.slots, self._links, self._ids, self._settings)
+        plans = plan_rules(self._book.rules, self._book.slots, self._links, self._ids, self._settings, self._known)
+        self._known = {plan.rule.name: plan for plan in plans}
         wanted = {what for plan in plans for what in plan.needs()}
         self.failed = {what: problem for what, problem in self.failed.items() if what in wanted}
         self._refused &= wanted

@@ -7,6 +7,7 @@ workers run. Pure: no I/O; the numbers of egress sockets come from an EgressIds.
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
 
 from mrelay.control.links import Link, LinkTable
@@ -117,10 +118,20 @@ class RulePlan:
 
 
 def plan_rules(
-    rules: Iterable[Rule], slots: Slots, links: LinkTable, ids: EgressIds, settings: Gro
+    rules: Iterable[Rule],
+    slots: Slots,
+    links: LinkTable,
+    ids: EgressIds,
+    settings: Gro,
+    known: Mapping[str, RulePlan] = MappingProxyType({}),
 ) -> list[RulePlan]:
-    """A plan for each rule."""
-    return [_plan_rule(rule, slots, links, ids, settings) for rule in rules]
+    """A plan for each rule. `known` are plans made since the links last changed, to be used again."""
+    return [
+        old
+        if (old := known.get(rule.name)) and old.rule is rule
+        else _plan_rule(rule, slots, links, ids, settings)
+        for rule in rules
+    ]
 
 
 def _plan_rule(rule: Rule, slots: Slots, links: LinkTable, ids: EgressIds, settings: Gro) -> RulePlan:

@@ -70,18 +70,17 @@ class Batch:
 
     def _read_v4(self) -> Mask:
         """Read all as IPv4; the mask says for which that was right."""
-        w = np.ascontiguousarray(self._head[:, _V4_WORDS].T)
-        total = w[0] >> 8 & 0xFF00 | w[0] >> 24
-        udp = (w[6] & 0xFF) << 8 | w[6] >> 8 & 0xFF
-        self.hop = ((w[2] & 0xFF) << 8 | w[0] >> 8 & 0xFF).astype(np.int32)
+        w = self._head[:, _V4_WORDS].T.byteswap()
+        total, udp = w[0] & _LOW, w[6] >> 16
+        self.hop = (w[2] >> 24 << 8 | w[0] >> 16 & 0xFF).astype(np.int32)
         self.length = udp.astype(np.int64) - 8
         self.pointer = self._slot_address + np.uint64(L3_OFFSET + 28)
-        port = (w[5] >> 8 & 0xFF00 | w[5] >> 24).astype(np.uint64)
-        source, group = w[3].byteswap().astype(np.uint64), w[4].byteswap().astype(np.uint64)
-        self.words: list[U64 | None] = [None, source, None, group, port | np.uint64(4 << 32)]
+        port = w[5] & _LOW | np.uint64(4 << 32)
+        self.words: list[U64 | None] = [None, w[3].astype(np.uint64), None, w[4].astype(np.uint64), port]
         fits = (udp >= 8) & (udp + 20 <= total) & (total <= self._there)
-        shape = (w[0] & 0xFF == 0x45) & (w[1] & 0xFF3F0000 == 0)
-        regular: Mask = self._plain & fits & shape & (w[2] >> 8 & 0xFF == IPPROTO_UDP) & _checksum_holds(w)
+        # Zero for version 4, no options, not a fragment, UDP.
+        shape = (w[0] >> 24 ^ 0x45) | (w[1] & 0x3FFF) | (w[2] >> 16 & 0xFF ^ IPPROTO_UDP)
+        regular: Mask = self._plain & fits & (shape == 0) & _checksum_holds(w)
         return regular
 
     def _interface_word(self) -> U64:
@@ -91,23 +90,20 @@ class Batch:
 
     def _read_v6(self, rows: Rows) -> Mask:
         """Read these rows as IPv6; the mask says for which of them that was right."""
-        w = np.ascontiguousarray(self._head[rows, _V6_WORDS].T)
-        payload = (w[1] & 0xFF) << 8 | w[1] >> 8 & 0xFF
-        udp = (w[11] & 0xFF) << 8 | w[11] >> 8 & 0xFF
+        w = self._head[rows, _V6_WORDS].T.byteswap()
+        payload, udp = w[1] >> 16, w[11] >> 16
         fits = (udp >= 8) & (udp <= payload) & (payload + 40 <= self._there[rows])
-        shape = (w[0] & 0xF0 == 0x60) & (w[1] >> 16 & 0xFF == IPPROTO_UDP)
+        shape = (w[0] >> 28 == 6) & (w[1] >> 8 & 0xFF == IPPROTO_UDP)
         right: Mask = self._plain[rows] & fits & shape
         rows, w = rows[right], w[:, right]
-        tos = w[0] << 4 & 0xF0 | w[0] >> 12 & 0xF
-        self.hop[rows] = (w[1] >> 24 << 8 | tos).astype(np.int32)
+        self.hop[rows] = ((w[1] & 0xFF) << 8 | w[0] >> 20 & 0xFF).astype(np.int32)
         self.length[rows] = udp[right].astype(np.int64) - 8
         self.pointer[rows] = self._slot_address[rows] + np.uint64(L3_OFFSET + 48)
         self._widen()
         addresses = self._ring.u64[self._pos + rows, _V6_ADDRESSES].byteswap()
         for word in range(4):
             self.words[word][rows] = addresses[:, word]  # type: ignore[index]  # _widen made them arrays
-        port = (w[10] >> 8 & 0xFF00 | w[10] >> 24).astype(np.uint64)
-        self.words[4][rows] = port | np.uint64(6 << 32)  # type: ignore[index]
+        self.words[4][rows] = w[10] & _LOW | np.uint64(6 << 32)  # type: ignore[index]
         return right
 
     def _widen(self) -> None:
@@ -156,8 +152,6 @@ class Batch:
 
 
 def _checksum_holds(w: U32) -> Mask:
-    """RFC 1071 over the five words of IPv4 headers, u32[words, n]: a right sum is 0xffff."""
-    total = (w[:5] & _LOW).sum(axis=0) + (w[:5] >> 16).sum(axis=0)
-    total = (total & 0xFFFF) + (total >> 16)
-    holds: Mask = (total & 0xFFFF) + (total >> 16) == 0xFFFF
+    """RFC 1071 over the five words of IPv4 headers, u32[words, n]: a right sum is 0xffff, which is 0."""
+    holds: Mask = w[:5].sum(axis=0, dtype=np.uint64) % 0xFFFF == 0
     return holds

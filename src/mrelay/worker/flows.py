@@ -118,8 +118,10 @@ class FlowTable:
         slots = self._slots[place & (len(self._slots) - 1)]
         same = slots >= 0
         for row, word in zip(self.counters.keys, words, strict=True):
-            same &= row[slots] == (0 if word is None else word)
-        return np.where(same, slots, np.int32(-1)).astype(np.int32)
+            if word is not None:  # the last word tells IPv4 from IPv6, so zeros need no look
+                same &= row[slots] == word
+        slots[~same] = -1
+        return slots
 
     # ---- misses ----------------------------------------------------------------------------
 

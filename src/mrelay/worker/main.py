@@ -46,7 +46,7 @@ from mrelay.worker.vector import MAX_BATCH, VectorPath
 
 log = logging.getLogger("mrelay.worker")
 
-SCALAR_MOST: Final = 12  # frames: up to here one by one is faster than a batch's fixed cost (D33)
+SCALAR_MOST: Final = 32  # frames: up to here one by one is faster than a batch's fixed cost (D33)
 _ROUNDS: Final = 16  # batches of one ring before the others, and the channels, get their turn
 
 

@@ -43,8 +43,10 @@ class Runs:
         new_flow = _changes(flow)
         cut = new_flow | _changes(self.length) | _changes(hop) | (segment > 0)
         cut[1:] |= segment[:-1] > 0
-        self.first = np.flatnonzero(_limit(cut, limits[np.minimum(self.length, len(limits) - 1)]))
-        self.pieces = np.diff(self.first, append=len(rows))
+        self.first = _limit(cut, limits[self.length]).nonzero()[0]
+        self.pieces = np.empty_like(self.first)
+        self.pieces[:-1] = self.first[1:] - self.first[:-1]
+        self.pieces[-1] = len(rows) - self.first[-1]
         self.flow, self.hop = flow[self.first], hop[self.first]
         self.count = np.add.reduceat(count, self.first)
         self.size = np.add.reduceat(self.length, self.first)
@@ -110,16 +112,19 @@ class VectorPath:
     def _count_drops(self, batch: Batch) -> None:
         ours = batch.verdict != IGNORE
         self.counters.totals[RECEIVED] += np.uint64(batch.count[ours].sum())
-        if not (batch.verdict == FORWARD).all():
-            for reason in np.unique(batch.verdict[batch.verdict >= 0]).tolist():
-                lost = batch.count[batch.verdict == reason].sum()
-                self.counters.drops[reason] += np.uint64(lost)
+        dropped = batch.verdict >= 0
+        if dropped.any():
+            reasons = len(self.counters.drops)
+            lost = np.bincount(batch.verdict[dropped], batch.count[dropped], reasons)
+            self.counters.drops += lost.astype(np.uint64)
 
     def _count_flows(self, runs: Runs) -> None:
         first, flows = runs.flow_first, runs.flow[runs.flow_first]
-        sums = np.add.reduceat(np.stack([runs.count, runs.size]), first, axis=1).astype(np.uint64)
-        self.counters.flows[:, flows] += sums  # each flow stands there once
-        self.counters.totals[MATCHED] += sums[0].sum()
+        counts = np.add.reduceat(runs.count, first).astype(np.uint64)
+        packets, octets = self.counters.flows
+        packets[flows] += counts  # each flow stands there once
+        octets[flows] += np.add.reduceat(runs.size, first).astype(np.uint64)
+        self.counters.totals[MATCHED] += counts.sum()
         self.table.last[flows] = self.table.now
 
     def _send(self, runs: Runs) -> None:

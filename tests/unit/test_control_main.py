@@ -1,0 +1,471 @@
+"""The whole control process but its privileges: from Setup to Stop, its API on a real Unix socket."""
+
+import asyncio
+import errno
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import urllib.parse
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from fake_roles import FakeSupervisor, run, until
+from mrelay.control.main import Control
+from mrelay.control.state import NAME, StateFile
+from mrelay.messages import Held, OpenIngress, Reload, Resource, Setup, Stop, WorkerDown
+from mrelay.model.ruleset import FlowKey
+from mrelay.worker.flows import key_words
+
+# Interfaces that every host has, and one that none has.
+RULE_A = {"name": "a", "from": "lo:239.1.1.1:5000", "to": ["lo:239.2.2.2:6000"]}
+RULE_B = {"name": "b", "from": "lo:239.1.1.2:5000-5001,vlan=7", "to": ["lo:*:*,ttl=8", "eth9:*:*"]}
+CONFIG_A = '[[rule]]\nname = "a"\nfrom = "lo:239.1.1.1:5000"\nto = ["lo:239.2.2.2:6000"]\n'
+STATES = {"link_local": False, "allow_loop": False, "state": "up"}
+VIEW_A = {**RULE_A, **STATES, "outputs": [{"to": "lo:239.2.2.2:6000", "state": "up"}]}
+
+
+class Answer(NamedTuple):
+    status: int
+    body: Any
+
+
+class Client:
+    """Asks the API, in a thread, since both ends are in this process."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    async def __call__(self, method: str, path: str, body: object = None) -> Answer:
+        data = None if body is None else json.dumps(body).encode()
+        return await asyncio.to_thread(self.ask, method, path, data)
+
+    def ask(self, method: str, path: str, data: bytes | None) -> Answer:
+        connection = http.client.HTTPConnection("relay")
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.connect(str(self._path))
+        connection.request(method, path, data, {"content-type": "application/json"})
+        answer = connection.getresponse()
+        text = answer.read()
+        connection.close()
+        plain = not answer.getheader("content-type", "").startswith("application/json")
+        return Answer(answer.status, text.decode() if plain else json.loads(text))
+
+
+class Scene:
+    """A control process with a fake supervisor, in a directory of its own."""
+
+    def __init__(self, directory: Path, config: str | None = None, held: tuple[Resource, ...] = ()) -> None:
+        self.fake = FakeSupervisor(held=set(held))
+        self._directory, self._config, self._held = directory, config, held
+        listener = socket.socket(socket.AF_UNIX)
+        (directory / "sock").unlink(missing_ok=True)
+        listener.bind(str(directory / "sock"))
+        listener.listen()
+        self.fake.listener = listener.detach()
+        self.api = Client(directory / "sock")
+
+    async def start(self, *, restarted: bool = False, workers: str | None = "1") -> "asyncio.Task[int]":
+        """Set control up; its life, as a task."""
+        fds = [os.open(self._directory, os.O_RDONLY)]
+        name = None
+        if self._config is not None:
+            name = "relay.toml"
+            fds.append(self.config_fd(self._config))
+        self.fake.channel.send(Setup(name, "state", None, workers, len(self._held), restarted), fds)
+        for what in self._held:
+            self.fake.channel.send(Held(what))
+        return asyncio.create_task(Control(self.fake.theirs).serve())
+
+    def config_fd(self, text: str) -> int:
+        fd = os.memfd_create("config")
+        os.write(fd, text.encode())
+        os.lseek(fd, 0, os.SEEK_SET)
+        return fd
+
+    def reload(self, text: str) -> None:
+        """As SIGHUP does it."""
+        self.fake.channel.send(Reload(""), [self.config_fd(text)])
+
+    def saved(self) -> Any:
+        """The state file."""
+        return json.loads((self._directory / NAME).read_text())
+
+    async def names(self) -> list[str]:
+        answer = await self.api("GET", "/v1/rules")
+        return [rule["name"] for rule in answer.body["rules"]]
+
+    async def until_names(self, *names: str) -> None:
+        while await self.names() != list(names):
+            await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def relay(
+    directory: Path, config: str | None = None, *, restarted: bool = False, held: tuple[Resource, ...] = ()
+) -> AsyncIterator[Scene]:
+    """A control process that is ready; told to stop at the end."""
+    it = Scene(directory, config, held)
+    life = await it.start(restarted=restarted)
+    await until(lambda: bool(it.fake.said("ready")))
+    yield it
+    it.fake.channel.send(Stop())
+    assert await life == 0
+
+
+def test_it_starts_in_order(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with relay(tmp_path, CONFIG_A) as it:
+            kinds = [said for said, _ in it.fake.events]
+            assert kinds[0] == "start"
+            assert kinds[-3:] == ["grant", "listen", "ready"]
+            assert it.fake.said("listen") == [0o660]
+            assert it.fake.said("ready") == ["1 of 1 rules up, 1 workers"]
+            assert (await it.api("GET", "/v1/rules")).body == {"rules": [VIEW_A]}
+            assert it.saved()["rules"] == [RULE_A] == it.saved()["file_rules"]
+
+    run(work)
+
+
+def test_health(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with relay(tmp_path) as it:
+            health = (await it.api("GET", "/v1/health")).body
+            assert health.pop("uptime") >= 0
+            assert health.pop("version")
+            assert health == {"ready": True, "pid": os.getppid(), "engine": "uring", "egress": "io_uring"}
+
+    run(work)
+
+
+@pytest.mark.parametrize(
+    ("config", "workers", "said"),
+    [
+        ("[[rule]\n", "1", "relay.toml: this is not TOML"),
+        (CONFIG_A + CONFIG_A, "1", "two rules"),
+        ("[relay]\nworkers = [1023]\n", None, "choose from"),
+        (CONFIG_A, "100000", "command line: key 'workers'"),
+        (CONFIG_A, "some", "command line: key 'workers'"),
+    ],
+)
+def test_a_config_that_cannot_be_used(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], config: str, workers: str | None, said: str
+) -> None:
+    async def work() -> None:
+        life = await Scene(tmp_path, config).start(workers=workers)
+        assert await life == 78
+
+    run(work)
+    assert said in capfd.readouterr().err
+
+
+def test_every_issue_has_a_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    async def work() -> None:
+        bad = '[[rule]]\nname = "x"\nfrom = "lo:nonsense"\nto = []\n[relay]\nflow_limt = 1\n'
+        assert await (await Scene(tmp_path, bad).start()) == 78
+
+    run(work)
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("relay.toml: ")]
+    assert len(lines) == 3
+
+
+def test_without_its_supervisor_it_ends(tmp_path: Path) -> None:
+    async def work() -> None:
+        it = Scene(tmp_path)
+        life = await it.start()
+        await until(lambda: bool(it.fake.said("ready")))
+        it.fake.hang_up()
+        assert await life == 1
+
+    run(work)
+
+
+def test_a_bad_message_ends_it(tmp_path: Path) -> None:
+    async def work() -> None:
+        it = Scene(tmp_path)
+        life = await it.start()
+        it.fake.channel.sock.send(b'{"v": 2}')
+        assert await life == 1
+
+    run(work)
+
+
+def test_rules_come_and_go(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with relay(tmp_path) as it:
+            assert await it.api("POST", "/v1/rules", RULE_A) == (201, VIEW_A)
+            assert it.saved()["rules"] == [RULE_A]
+            assert len(it.fake.workers[0].rules) == 1
+            status, body = await it.api("POST", "/v1/rules", RULE_B)
+            assert status == 201
+            assert body["state"] == "waiting: no interface eth9"
+            assert [output["state"] for output in body["outputs"]] == ["up", "waiting: no interface eth9"]
+            assert (await it.api("DELETE", "/v1/rules/a")).status == 204
+            assert await it.names() == ["b"] == [rule["name"] for rule in it.saved()["rules"]]
+
+    run(work)
+
+
+def test_apply(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with relay(tmp_path, CONFIG_A) as it:
+            new = {"rules": [{**RULE_A, "to": ["lo:239.2.2.3:6000"]}, RULE_B]}
+            said = {"added": ["b"], "removed": [], "changed": ["a"], "unchanged": []}
+            assert await it.api("PUT", "/v1/rules?dry_run=true", new) == (200, said)
+            assert await it.names() == ["a"]
+            assert await it.api("PUT", "/v1/rules", new) == (200, said)
+            assert await it.names() == ["a", "b"]
+            assert it.saved()["file_rules"] == [RULE_A]
+
+    run(work)
+
+
+REFUSED = [
+    ("POST", "/v1/rules", RULE_A, 409, "name"),
+    ("POST", "/v1/rules", {**RULE_A, "name": "x y"}, 422, "name"),
+    ("POST", "/v1/rules", {**RULE_A, "name": "x", "frm": 1}, 422, "frm"),
+    ("POST", "/v1/rules", {**RULE_A, "name": "x", "from": "\ud800"}, 422, "from"),
+    ("POST", "/v1/rules", {"name": "x", "from": "lo:239.2.2.2:6000", "to": ["lo:239.1.1.1:5000"]}, 422, "to"),
+    ("POST", "/v1/rules", [], 422, ""),
+    ("POST", "/v1/rules", None, 422, ""),
+    ("PUT", "/v1/rules", {"rules": [RULE_A, RULE_A]}, 422, "name"),
+    ("PUT", "/v1/rules", {"rules": RULE_A}, 422, "rules"),
+    ("PUT", "/v1/rules", {"rule": []}, 422, "rules"),
+    ("PUT", "/v1/rules?dry_run=perhaps", {"rules": []}, 422, "dry_run"),
+    ("DELETE", "/v1/rules/none", None, 404, "name"),
+    ("DELETE", "/v1/rules/" + urllib.parse.quote(b"\xff"), None, 404, "name"),
+    ("GET", "/v1/nothing", None, 404, ""),
+    ("DELETE", "/v1/rules", None, 405, ""),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body", "status", "key"), REFUSED)
+def test_what_is_refused_says_why_and_changes_nothing(
+    tmp_path: Path, method: str, path: str, body: object, status: int, key: str
+) -> None:
+    async def work() -> None:
+        async with relay(tmp_path, CONFIG_A) as it:
+            answer = await it.api(method, path, body)
+            assert answer.status == status
+            for error in answer.body["errors"]:
+                assert error.keys() == {"rule", "key", "problem", "remedy"}
+                assert error["problem"] and error["remedy"]
+            assert key in {error["key"] for error in answer.body["errors"]}
+            assert (await it.api("GET", "/v1/rules")).body == {"rules": [VIEW_A]}
+
+    run(work)
+
+
+@pytest.mark.parametrize("data", [b"{", b"\xff", b"[" * 100_000, b"1" * 10_000, b'{"name": NaN}'])
+def test_bodies_that_are_no_json(tmp_path: Path, data: bytes) -> None:
+    async def work() -> None:
+        async with relay(tmp_path) as it:
+            status, body = await asyncio.to_thread(it.api.ask, "POST", "/v1/rules", data)
+            assert status in (400, 422)
+            assert body["errors"]
+
+    run(work)
+
+
+def test_a_change_that_cannot_be_saved_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def work() -> None:
+        async with relay(tmp_path) as it:
+            monkeypatch.setattr(StateFile, "save", full)
+            status, body = await it.api("POST", "/v1/rules", RULE_A)
+            assert status == 507
+            assert "No space left" in body["errors"][0]["problem"]
+            assert await it.names() == []
+
+    run(work)
+
+
+def test_numbers(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with relay(tmp_path, CONFIG_A) as it:
+            (worker,) = it.fake.workers
+            counters = worker.counters
+            worker.count(7)
+            counters.totals[0] += 3
+            counters.drops[0] += 3
+            counters.rules[:, 0] = 7, 700
+            counters.links[:, 0] = 6, 600, 1
+            group, source = 0xEF010101, 0x0A000002
+            counters.keys[:, 5] = key_words(FlowKey(1, 0, 4, source, group, 5000))
+            counters.flows[:, 5] = 7, 700
+            stats = (await it.api("GET", "/v1/stats")).body
+            assert (stats["received"], stats["matched"], stats["drops"]["no_rule"]) == (10, 7, 3)
+            assert stats["flows"] == 1
+            (rule,) = stats["rules"]
+            assert (rule["name"], rule["packets"], rule["bytes"]) == ("a", 7, 700)
+            output = {"to": "lo:239.2.2.2:6000", "packets": 6, "bytes": 600, "errors": 1}
+            assert rule["outputs"] == [output]
+            (flow,) = (await it.api("GET", "/v1/flows")).body["flows"]
+            assert (flow["source"], flow["group"], flow["port"]) == ("10.0.0.2", "239.1.1.1", 5000)
+            assert (flow["interface"], flow["vlan"], flow["packets"]) == ("lo", None, 7)
+            assert (flow["rules"], flow["outputs"]) == (["a"], ["lo:239.2.2.2:6000"])
+            text = (await it.api("GET", "/metrics")).body
+            assert 'mrelay_dropped_datagrams_total{reason="no_rule"} 3.0' in text
+            assert 'mrelay_output_errors_total{output="lo:239.2.2.2:6000",rule="a"} 1.0' in text
+            assert 'mrelay_rule_up{rule="a"} 1.0' in text
+
+    run(work)
+
+
+def test_workers(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with relay(tmp_path) as it:
+            (worker,) = (await it.api("GET", "/v1/workers")).body["workers"]
+            assert worker.pop("cpu_percent") >= 0
+            expected = {"worker": 0, "core": 0, "pid": os.getpid(), "state": "running", "restarts": 0}
+            assert worker == {**expected, "egress": "io_uring", "flows": 0, "received": 0}
+            it.fake.channel.send(WorkerDown(0, 1, "signal SIGKILL"))
+            while True:
+                (worker,) = (await it.api("GET", "/v1/workers")).body["workers"]
+                if worker["state"] == "restarting":
+                    break
+            assert (worker["pid"], worker["restarts"]) == (None, 1)
+
+    run(work)
+
+
+def test_the_document_describes_the_answers(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with relay(tmp_path) as it:
+            document = (await it.api("GET", "/openapi.json")).body
+            paths = ["/v1/health", "/v1/rules", "/v1/flows", "/v1/stats", "/v1/workers"]
+            assert set(document["paths"]) >= set(paths)
+            for path in paths:
+                answer = (await it.api("GET", path)).body
+                schema = document["paths"][path]["get"]["responses"]["200"]["content"]["application/json"]
+                name = schema["schema"]["$ref"].rpartition("/")[2]
+                assert answer.keys() == document["components"]["schemas"][name]["properties"].keys()
+            body = document["paths"]["/v1/rules"]["post"]["requestBody"]["content"]["application/json"]
+            assert body["schema"]["required"] == ["name", "from", "to"]
+
+    run(work)
+
+
+def test_changes_outlive_a_restart_and_edits_win(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with relay(tmp_path, CONFIG_A) as it:
+            await it.api("POST", "/v1/rules", RULE_B)
+        async with relay(tmp_path, CONFIG_A) as it:
+            assert await it.names() == ["a", "b"]
+            await it.api("DELETE", "/v1/rules/a")
+        async with relay(tmp_path, CONFIG_A) as it:
+            assert await it.names() == ["b"]
+        async with relay(tmp_path, CONFIG_A.replace("5000", "5005")) as it:
+            assert await it.names() == ["b", "a"]
+
+    run(work)
+
+
+def test_reload(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+
+    async def work() -> None:
+        async with relay(tmp_path, CONFIG_A) as it:
+            await it.api("POST", "/v1/rules", RULE_B)
+            it.reload("nonsense")
+            await until(lambda: "nothing changed" in caplog.text)
+            assert await it.names() == ["a", "b"]
+            it.reload("")
+            await it.until_names("b")
+            it.fake.channel.send(Reload("can't open relay.toml: No such file or directory"))
+            await until(lambda: "can't open relay.toml" in caplog.text)
+            assert await it.names() == ["b"]
+
+    run(work)
+
+
+def test_a_restarted_control_goes_on(tmp_path: Path) -> None:
+    """It keeps what is open and where the rules count, and does without a config that went bad."""
+
+    async def work() -> None:
+        async with relay(tmp_path, CONFIG_A) as it:
+            held = tuple(it.fake.held)
+            await it.api("POST", "/v1/rules", RULE_B)
+            await it.api("DELETE", "/v1/rules/b")
+            await it.api("POST", "/v1/rules", RULE_B)
+            slots = it.saved()["slots"]
+            assert any(isinstance(what, OpenIngress) for what in held)
+        async with relay(tmp_path, "nonsense", restarted=True, held=held) as it:
+            assert await it.names() == ["a", "b"]
+            assert it.saved()["slots"] == slots
+            assert not set(it.fake.said("grant")) & set(held)
+            assert it.fake.said("release") == []
+
+    run(work)
+
+
+def test_a_fresh_start_counts_from_the_first_slot(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with relay(tmp_path) as it:
+            await it.api("POST", "/v1/rules", RULE_B)
+            await it.api("DELETE", "/v1/rules/b")
+            await it.api("POST", "/v1/rules", RULE_A)
+        async with relay(tmp_path) as it:
+            assert [slot for _, slot, *_ in it.saved()["slots"]["rules"]] == [0]
+
+    run(work)
+
+
+def test_a_corrupt_state_is_kept_and_the_file_runs(tmp_path: Path) -> None:
+    (tmp_path / NAME).write_text("{")
+
+    async def work() -> None:
+        async with relay(tmp_path, CONFIG_A) as it:
+            assert await it.names() == ["a"]
+
+    run(work)
+    assert [path.read_text() for path in tmp_path.glob("*.corrupt-*")] == ["{"]
+
+
+def import_nothing_late() -> None:
+    """Run in a process of its own: use all of the API, and fail if that imported anything."""
+    directory = Path(sys.argv[1])
+
+    async def work() -> None:
+        known: set[str] = set()
+        async with relay(directory, CONFIG_A) as it:
+            for path in ("health", "rules", "flows", "stats", "workers"):
+                await it.api("GET", f"/v1/{path}")
+            for path in ("/metrics", "/openapi.json", "/nothing"):
+                await it.api("GET", path)
+            await it.api("POST", "/v1/rules", RULE_B)
+            await it.api("PUT", "/v1/rules", {"rules": [1, {"name": "x"}]})
+            await it.api("DELETE", "/v1/rules/b")
+            await asyncio.to_thread(it.api.ask, "POST", "/v1/rules", b"{")
+            known |= sys.modules.keys()
+        late = known - BEFORE
+        assert not late, f"imported late: {sorted(late)}"
+
+    run(work)
+
+
+BEFORE = frozenset(sys.modules)
+
+
+def test_nothing_is_imported_late(tmp_path: Path) -> None:
+    """An unprivileged user may not be able to read what is imported after the drop."""
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests), str(tests.parent)])
+    code = "import test_control_main as t; t.import_nothing_late()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
