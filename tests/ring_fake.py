@@ -57,7 +57,9 @@ def udp_v6(
 class FakeRing(ingress.Ring):
     """`put` writes the next slot as the kernel would."""
 
-    def put(self, packet_: bytes, *, vlan: int | None = None, segment: int = 0, captured: int | None = None) -> None:
+    def put(
+        self, packet_: bytes, *, vlan: int | None = None, segment: int = 0, captured: int | None = None
+    ) -> None:
         slot = self._put = getattr(self, "_put", -1) + 1
         frame = bytes(14) + packet_
         held = len(frame) if captured is None else captured
@@ -79,7 +81,6 @@ def ring(monkeypatch: pytest.MonkeyPatch) -> FakeRing:
 
 
 def new_ring(monkeypatch: pytest.MonkeyPatch) -> FakeRing:
-    monkeypatch.setattr(ingress, "map_ring", lambda fd, slots: mmap.mmap(-1, slots * packet.SLOT))
+    monkeypatch.setattr(ingress, "map_ring", lambda fd, slots, slot: mmap.mmap(-1, slots * slot))
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    monkeypatch.setattr(ingress, "_hardware_type", lambda sock: 1)
-    return FakeRing(sock, 7, 256, ingress.WholeFrames())
+    return FakeRing(sock, 7, 256, packet.SLOT)

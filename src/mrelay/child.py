@@ -23,7 +23,5 @@ def settle(role: str) -> Channel:
     drop_privileges(uid, gid)
     set_parent_death_signal(signal.SIGKILL)  # cleared by the change of uid, so set after it
     for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(
-            number, signal.SIG_IGN
-        )  # a terminal sends them to the whole group; the supervisor decides
+        signal.signal(number, signal.SIG_IGN)  # a terminal sends them to the whole group; the supervisor decides
     return Channel(socket.socket(fileno=fd))

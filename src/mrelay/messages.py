@@ -20,6 +20,7 @@ from typing import Any, Final, Union
 VERSION: Final = 1
 MAX_MESSAGE: Final = 128 * 1024  # bytes; below the default net.core.wmem_max, so a send never fails for size
 MAX_FDS: Final = 64
+SO_SNDBUFFORCE: Final = 32  # asm-generic/socket.h
 
 
 class BadMessage(Exception):
@@ -31,7 +32,7 @@ class BadMessage(Exception):
 
 @dataclass(frozen=True, slots=True)
 class OpenIngress:
-    """A receive ring for every worker on interface `ifindex`, `slots` frames each."""
+    """Receive rings for every worker on interface `ifindex`: one of `slots` short frames, one of long ones."""
 
     ifindex: int
     slots: int
@@ -207,7 +208,7 @@ class WorkerSetup:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """To a worker: here is its copy of `what` (a ring or an egress socket), as the one descriptor."""
+    """To a worker: its copy of `what` comes along: the two rings, short then long, or the egress socket."""
 
     what: Resource
 
@@ -381,8 +382,10 @@ class Channel:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            sock.setsockopt(socket.SOL_SOCKET, option, 4 << 20)
+        try:  # room for every message of a start-up at once; only the supervisor may exceed the sysctl
+            sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 16 << 20)
+        except PermissionError:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 << 20)
 
     def fileno(self) -> int:
         return self.sock.fileno()

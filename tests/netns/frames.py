@@ -56,9 +56,7 @@ def ipv4(
 ) -> bytes:
     """An IPv4 packet; `fragment` is the flags and offset field (RFC 791)."""
     words = 5 + len(options) // 4
-    head = struct.pack(
-        "!BBHHHBBH", 0x40 | words, tos, words * 4 + len(payload), ident, fragment, ttl, protocol, 0
-    )
+    head = struct.pack("!BBHHHBBH", 0x40 | words, tos, words * 4 + len(payload), ident, fragment, ttl, protocol, 0)
     addresses = ipaddress.IPv4Address(source).packed + ipaddress.IPv4Address(destination).packed
     value = checksum(head + addresses + options)
     return head[:10] + struct.pack("!H", value) + addresses + options + payload
@@ -87,9 +85,7 @@ def multicast_mac(group: str) -> bytes:
     return b"\x33\x33" + address.packed[-4:]
 
 
-def ethernet(
-    destination: bytes, packet: bytes, *, vlan: int | None = None, ethertype: int | None = None
-) -> bytes:
+def ethernet(destination: bytes, packet: bytes, *, vlan: int | None = None, ethertype: int | None = None) -> bytes:
     """A frame around an IP packet, 802.1Q-tagged when `vlan` is given."""
     if ethertype is None:
         ethertype = ETH_P_IPV6 if packet[:1] and packet[0] >> 4 == 6 else ETH_P_IP

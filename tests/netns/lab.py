@@ -139,9 +139,7 @@ class Lab:
 
     def __exit__(self, *_: object) -> None:
         for namespace in reversed(self._made):
-            subprocess.run(
-                ["ip", "netns", "del", namespace.name], capture_output=True, check=False, timeout=20
-            )
+            subprocess.run(["ip", "netns", "del", namespace.name], capture_output=True, check=False, timeout=20)
 
     def namespace(self, role: str) -> Namespace:
         """A new namespace, without duplicate address detection, with a strict reverse-path check."""

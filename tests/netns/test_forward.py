@@ -65,9 +65,7 @@ def test_fan_out_to_8_interfaces(lab: Lab) -> None:
         for i, wire in enumerate(wires):
             got = wire.wait(COUNT)
             assert [packet.payload for packet in got] == sent
-            assert {(packet.source, packet.destination) for packet in got} == {
-                (f"10.1.{i}.1", f"239.2.2.{i}")
-            }
+            assert {(packet.source, packet.destination) for packet in got} == {(f"10.1.{i}.1", f"239.2.2.{i}")}
             assert_good(got)
         assert relay.await_received(COUNT)["matched"] == COUNT, "a datagram is matched once"
 

@@ -53,9 +53,7 @@ CORPUS = {
     "igmp-shaped": (on_wire(ipv4(SOURCE, GROUP, b"\x16\0\0\0\0\0\0\0", protocol=2)), {"not_udp"}),
     "another-port": (udp_frame(SOURCE, GROUP, 5001, b"x"), {"no_rule"}),
     "ipv6-length-beyond-the-frame": (
-        ethernet(
-            multicast_mac(GROUP_6), ipv6(SOURCE_6, GROUP_6, DATAGRAM + b"x" * 400)[: 40 + len(DATAGRAM)]
-        ),
+        ethernet(multicast_mac(GROUP_6), ipv6(SOURCE_6, GROUP_6, DATAGRAM + b"x" * 400)[: 40 + len(DATAGRAM)]),
         {"malformed", "truncated"},
     ),
     "ipv6-not-udp": (

@@ -130,9 +130,7 @@ def test_put_applies_the_difference(lab: Lab) -> None:
         assert set(relay.rules()) == {"keep", "change", "add"}
         sender.send("239.1.1.2", 5000, [b"2"])
         assert wire.until(b"2")[-1].dport == 6001
-        relay.await_stats(
-            lambda s: {r["name"]: r["packets"] for r in s["rules"]}["keep"] == 1, "keep's counter"
-        )
+        relay.await_stats(lambda s: {r["name"]: r["packets"] for r in s["rules"]}["keep"] == 1, "keep's counter")
 
 
 def test_sighup_applies_the_difference(lab: Lab) -> None:

@@ -148,7 +148,7 @@ def test_health(tmp_path: Path) -> None:
     ("config", "workers", "said"),
     [
         ("[[rule]\n", "1", "relay.toml: this is not TOML"),
-        (CONFIG_A + CONFIG_A, "1", "two rules"),
+        (CONFIG_A + CONFIG_A, "1", "2 rules have this name"),
         ("[relay]\nworkers = [1023]\n", None, "choose from"),
         (CONFIG_A, "100000", "command line: key 'workers'"),
         (CONFIG_A, "some", "command line: key 'workers'"),

@@ -45,7 +45,12 @@ def test_other_bytes_are_bad_messages(data: bytes) -> None:
         decode(data)
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda x: st.lists(x) | st.dictionaries(st.text(), x),
+    )
+)
 def test_other_json_is_a_bad_message(value: object) -> None:
     with pytest.raises(BadMessage):
         decode(json.dumps({"v": 1, "m": value}).encode())

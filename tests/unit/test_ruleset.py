@@ -13,7 +13,9 @@ def number(text: str) -> int:
     return int(ipaddress.ip_address(text))
 
 
-def output(link: int, address: str | None = "239.2.2.2", port: int | None = 6000, oif: int = 2, ttl: int = 0) -> RuleOutput:
+def output(
+    link: int, address: str | None = "239.2.2.2", port: int | None = 6000, oif: int = 2, ttl: int = 0
+) -> RuleOutput:
     return RuleOutput(link, link, oif, address, port, ttl, -1, False)
 
 
@@ -80,7 +82,12 @@ def test_named_but_not_taken() -> None:
 )
 def test_the_index_finds_what_plain_search_finds(specs: list[tuple[int, int, int]], last: int, port: int) -> None:
     several = [
-        rule(n, output(n), group=str(ipaddress.ip_network((number(f"239.1.1.{a}"), bits), strict=False)), ports=(4998, p))
+        rule(
+            n,
+            output(n),
+            group=str(ipaddress.ip_network((number(f"239.1.1.{a}"), bits), strict=False)),
+            ports=(4998, p),
+        )
         for n, (bits, a, p) in enumerate(specs)
     ]
     key = KEY._replace(group=number(f"239.1.1.{last}"), port=port)

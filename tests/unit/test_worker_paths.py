@@ -142,7 +142,9 @@ def rule(slot: int, group: str, outputs: list[int], *, port: int = 5000, ttl: in
     net = ipaddress.ip_network(group)
     low, high = int(net[0]), int(net[-1])
     top = 2 ** (32 if net.version == 4 else 128) - 1
-    outs = tuple(RuleOutput(slot * 4 + n, o, 2, f"239.2.2.{o + 1}", 6000, ttl, -1, False) for n, o in enumerate(outputs))
+    outs = tuple(
+        RuleOutput(slot * 4 + n, o, 2, f"239.2.2.{o + 1}", 6000, ttl, -1, False) for n, o in enumerate(outputs)
+    )
     return PutRule(slot, 7, 0, net.version, low, high, port, port, 0, top, outs)
 
 

@@ -20,8 +20,10 @@ BPF_JMP: Final = 0x05
 BPF_RET: Final = 0x06
 BPF_W: Final = 0x00
 BPF_ABS: Final = 0x20
+BPF_LEN: Final = 0x80
 BPF_JA: Final = 0x00
 BPF_JEQ: Final = 0x10
+BPF_JGT: Final = 0x20
 BPF_JGE: Final = 0x30
 BPF_JSET: Final = 0x40
 BPF_K: Final = 0x00
@@ -87,14 +89,24 @@ def attach(sock: socket.socket, program: Sequence[Insn]) -> None:
     del memory
 
 
+def only_longer(length: int, *, longer: bool) -> list[Insn]:
+    """The start of a filter that drops frames of up to `length` bytes, or (not `longer`) all others."""
+    compare = Insn(BPF_JMP | BPF_JGT | BPF_K, int(longer), int(not longer), length)
+    return [Insn(BPF_LD | BPF_W | BPF_LEN, 0, 0, 0), compare, ret(DROP)]
+
+
 def attach_group_filter(
-    sock: socket.socket, v4: Iterable[Range], v6: Iterable[Range], net: int = SKF_NET_OFF
+    sock: socket.socket,
+    v4: Iterable[Range],
+    v6: Iterable[Range],
+    net: int = SKF_NET_OFF,
+    start: Sequence[Insn] = (),
 ) -> None:
-    """Attach `group_filter(v4, v6)`, coarser when net.core.optmem_max has no room for the exact one."""
-    v4, v6, limit = list(v4), list(v6), BPF_MAXINSNS
+    """Attach `start` and `group_filter(v4, v6)`, coarser when net.core.optmem_max has no room for it exact."""
+    v4, v6, limit = list(v4), list(v6), BPF_MAXINSNS - len(start)
     while True:
         try:
-            return attach(sock, group_filter(v4, v6, limit, net))
+            return attach(sock, [*start, *group_filter(v4, v6, limit, net)])
         except OSError as error:
             if error.errno != errno.ENOMEM or limit <= 64:
                 raise

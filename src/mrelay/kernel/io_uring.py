@@ -106,9 +106,7 @@ class SendRing:
         self._entries, self._cq_entries = params[0], params[1]
         size = max(sq[6] + 4 * self._entries, cq[5] + 16 * self._cq_entries)
         self._ring = mmap.mmap(self.fd, size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        sqes = mmap.mmap(
-            self.fd, 64 * self._entries, mmap.MAP_SHARED | mmap.MAP_POPULATE, offset=IORING_OFF_SQES
-        )
+        sqes = mmap.mmap(self.fd, 64 * self._entries, mmap.MAP_SHARED | mmap.MAP_POPULATE, offset=IORING_OFF_SQES)
         words = np.frombuffer(self._ring, dtype=np.uint32)
         self._tail = words[sq[1] // 4 :][:1]
         self._cq_head, self._cq_tail = words[cq[0] // 4 :][:1], words[cq[1] // 4 :][:1]

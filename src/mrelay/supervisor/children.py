@@ -17,6 +17,7 @@ from mrelay.counters_size import counters_size
 from mrelay.messages import Channel, Message, channel_pair
 
 _BACKOFF: Final = (0.0, 0.1, 0.5, 2.0, 5.0)  # seconds before a restart, by how many came close together
+_GRACE: Final = 2.0  # seconds from closing its channel to its end
 _CALM: Final = 30.0  # seconds alive after which an end counts as the first again
 # NumPy's BLAS would otherwise start a thread a core, in each worker.
 _ENVIRONMENT: Final = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -32,7 +33,7 @@ class Child:
         self._process: subprocess.Popen[bytes] | None = None
         self.pidfd = -1
         self.channel: Channel | None = None
-        self.due: float | None = 0.0  # when to start it next; None while it runs
+        self.due: float | None = 0.0  # when to start it next (or to kill it, if it hung up); None while it runs
         self._started = 0.0
         self._quick_ends = 0
 
@@ -67,6 +68,13 @@ class Child:
             self.channel.send(message, fds or [])
         except OSError:
             self.kill()
+
+    def hung_up(self) -> None:
+        """It closed its channel, so it should be ending; `due` is now when to help it along."""
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
+        self.due = time.monotonic() + _GRACE
 
     def kill(self) -> None:
         if self._process is not None:

@@ -88,7 +88,10 @@ class Supervisor:
         now = time.monotonic()
         for child in self._children():
             if child.due is not None and child.due <= now:
-                self._start(child)
+                if child.pidfd < 0:
+                    self._start(child)
+                else:
+                    child.kill()  # it hung up, but did not end
 
     def _start(self, child: Child) -> None:
         child.start()
@@ -101,7 +104,7 @@ class Supervisor:
             self._set_up_control()
 
     def _set_up_control(self) -> None:
-        config, workers = self._options["config"], self._options["workers"]
+        config, workers = self._options["config"], _workers_text(self._options["workers"])
         fds = [self._state_dir]
         if config is not None:
             fds.append(os.open(config, os.O_RDONLY | os.O_CLOEXEC))
@@ -125,7 +128,7 @@ class Supervisor:
             worker.tell(setup, [its.fileno(), worker.counters])
             for what, opened in self._resources.held.items() if equip else ():
                 if opened.sockets:
-                    worker.tell(Granted(what), [opened.sockets[worker.number].fileno()])
+                    worker.tell(Granted(what), opened.fds(worker.number))
             up = WorkerUp(worker.number, worker.core or 0, worker.pid, worker.restarts, worker.flow_limit)
             self._control.tell(up, [theirs.fileno(), worker.counters])
 
@@ -179,7 +182,7 @@ class Supervisor:
         opened = self._resources.open(what)
         if new and opened.sockets:
             for worker in self._workers:
-                worker.tell(Granted(what), [opened.sockets[worker.number].fileno()])
+                worker.tell(Granted(what), opened.fds(worker.number))
         return []
 
     def _release(self, what: Resource) -> list[int]:
@@ -202,13 +205,9 @@ class Supervisor:
 
     def _start_workers(self, cores: tuple[int, ...], flow_limit: int) -> list[int]:
         if self._workers:
-            same = [w.core for w in self._workers] == list(cores) and self._workers[
-                0
-            ].flow_limit == flow_limit
+            same = [w.core for w in self._workers] == list(cores) and self._workers[0].flow_limit == flow_limit
             if not same:
-                raise Refused(
-                    "workers can't be changed while they run", "restart the relay to change workers"
-                )
+                raise Refused("workers can't be changed while they run", "restart the relay to change workers")
             return []
         if not cores or len(set(cores)) != len(cores) or not set(cores) <= os.sched_getaffinity(0):
             raise Refused(f"cores {list(cores)} are not all ours to use")
@@ -278,9 +277,7 @@ class Supervisor:
             got = child.channel.receive()
             if got is None:
                 self._selector.unregister(child.channel.sock)
-                child.channel.close()
-                child.channel = None  # its end follows; the pidfd says when
-                child.kill()
+                child.hung_up()
                 return
             message, fds = got
             for fd in fds:
@@ -312,6 +309,13 @@ class Supervisor:
 
 def _noted(*_: object) -> None:
     """Signals arrive through the wakeup descriptor; this only keeps them from ending us."""
+
+
+def _workers_text(workers: int | str | list[int] | None) -> str | None:
+    """As the Setup message says it: "auto", a number, or cores with commas (`1,` for core 1 alone)."""
+    if isinstance(workers, list):
+        return ",".join(map(str, workers)) + ("," if len(workers) == 1 else "")
+    return None if workers is None else str(workers)
 
 
 def _find_user(name: str | None) -> tuple[int, int]:

@@ -30,15 +30,19 @@ class Refused(Exception):
 
 
 class Opened:
-    """What one resource consists of: a socket for every worker (or none), and how to end it."""
+    """What one resource consists of: every worker's sockets (or none at all), and how to end it."""
 
-    def __init__(self, sockets: list[socket.socket], end: Callable[[], None]) -> None:
+    def __init__(self, sockets: list[list[socket.socket]], end: Callable[[], None]) -> None:
         self.sockets, self._end = sockets, end
 
     def close(self) -> None:
-        for sock in self.sockets:
-            sock.close()
+        for several in self.sockets:
+            _close_each(several)
         self._end()
+
+    def fds(self, worker: int) -> list[int]:
+        """The descriptors of a worker's copies."""
+        return [sock.fileno() for sock in self.sockets[worker]]
 
 
 class Resources:
@@ -90,14 +94,17 @@ class Resources:
         _interface(what.ifindex)
         _require(what.slots in _SLOTS, f"{what.slots} slots: not a power of two from 256 to 65536")
         _require(self.workers > 0, "no worker was started yet")
-        rings: list[socket.socket] = []
-        fanout: int | None = None
+        shapes = ((what.slots, packet.SLOT), (packet.long_slots(what.slots), packet.LONG_SLOT))
+        rings: list[list[socket.socket]] = [[] for _ in range(self.workers)]
         try:
-            for _ in range(self.workers):
-                ring, fanout = packet.open_ring(what.ifindex, what.slots, fanout)
-                rings.append(ring)
+            for slots, size in shapes:
+                fanout: int | None = None
+                for mine in rings:
+                    ring, fanout = packet.open_ring(what.ifindex, slots, size, fanout)
+                    mine.append(ring)
         except BaseException:
-            _close_each(rings)
+            for several in rings:
+                _close_each(several)
             raise
         return Opened(rings, _nothing)
 
@@ -114,12 +121,10 @@ class Resources:
         except BaseException:
             _close_each(sockets)
             raise
-        return Opened(sockets, _nothing)
+        return Opened([[sock] for sock in sockets], _nothing)
 
     def _set_gro(self, what: SetGro) -> Opened:
-        _require(
-            socket.if_nametoindex(what.ifname) == what.ifindex, f"{what.ifname} is another interface now"
-        )
+        _require(socket.if_nametoindex(what.ifname) == what.ifindex, f"{what.ifname} is another interface now")
         if any(_has_rows(path) for path in _MROUTE):
             raise Refused(
                 "kernel multicast routing is active here, and drops merged frames that have DF set",

@@ -10,11 +10,10 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mrelay.counters import RING_FULL
-from mrelay.kernel.packet import L3_OFFSET, SLOT, TP_STATUS_COPY, TP_STATUS_VLAN_VALID, VIRTIO_NET_HDR
+from mrelay.kernel.packet import L3_OFFSET, TP_STATUS_VLAN_VALID, VIRTIO_NET_HDR
 from mrelay.model.ruleset import FlowKey
 from mrelay.worker.flows import FORWARD, key_words, words_key
-from mrelay.worker.ingress import WHOLE, Ring
+from mrelay.worker.ingress import Ring
 from mrelay.worker.parse import IPPROTO_UDP
 from mrelay.worker.scalar import read_frame
 
@@ -44,14 +43,15 @@ class Batch:
         self._link = L3_OFFSET - int(self._half[0, 6])
         self.status = self._head[:, 0]
         self.verdict = np.full(n, FORWARD, np.int8)
-        slots = np.arange(ring.pos, ring.pos + n, dtype=np.uint64) * np.uint64(SLOT)
+        slots = np.arange(ring.pos, ring.pos + n, dtype=np.uint64) * np.uint64(ring.size)
         self._slot_address = slots + np.uint64(ring.address)
         self._read_offload()
         regular = self._read_v4()
         odd = np.flatnonzero(~regular)
         if len(odd):
             odd = odd[~self._read_v6(odd)]
-        self._read_others(odd)
+        for row in odd.tolist():
+            self._read_one(row)
         last = self.words[4]
         assert last is not None  # noqa: S101  the ports: never all zeros
         last |= self._interface_word()
@@ -59,13 +59,12 @@ class Batch:
         self.count = np.maximum(-(-self.length // size), 1)
 
     def _read_offload(self) -> None:
-        """Which frames are merged or long; how much of each network packet is there."""
+        """Which frames are merged; how much of each network packet is there."""
         at = (L3_OFFSET - self._link - VIRTIO_NET_HDR.size) // 2
         merged = self._half[:, at] >> 8 == 5
         self.segment = np.where(merged, self._half[:, at + 2], 0).astype(np.int64)
-        self._long = (self.status & TP_STATUS_COPY) != 0
         self._there = self._head[:, 1] - np.uint32(self._link)
-        whole = (self._head[:, 2] == self._head[:, 1]) | self._long
+        whole = self._head[:, 2] == self._head[:, 1]
         self._plain = whole & (self._half[:, 6] == L3_OFFSET - self._link) & (self._link % 2 == 0)
 
     def _read_v4(self) -> Mask:
@@ -112,32 +111,12 @@ class Batch:
             if self.words[word] is None:
                 self.words[word] = np.zeros(self.n, np.uint64)
 
-    def _read_others(self, odd: Rows) -> None:
-        """The irregular frames one by one; and every long frame is fetched, in order."""
-        irregular = set(odd.tolist())
-        buffer = 0
-        for row in sorted(irregular.union(np.flatnonzero(self._long).tolist())):
-            if row in irregular:
-                self._read_one(row, buffer)
-            else:
-                self._fetch(row, buffer)
-            buffer += bool(self._long[row])
-
-    def _fetch(self, row: int, buffer: int) -> None:
-        """A regular frame longer than its slot: its payload is in a buffer."""
-        if not self._ring.read_whole(self._pos + row, buffer):
-            self.verdict[row] = RING_FULL
-            return
-        whole = self._ring.whole.address + buffer * WHOLE + VIRTIO_NET_HDR.size + self._link
-        into = int(self.pointer[row]) - int(self._slot_address[row]) - L3_OFFSET
-        self.pointer[row] = whole + into
-
-    def _read_one(self, row: int, buffer: int) -> None:
-        found, memory = read_frame(self._ring, self._pos + row, buffer)
+    def _read_one(self, row: int) -> None:
+        found = read_frame(self._ring, self._pos + row)
         if isinstance(found, int):
             self.verdict[row], self.length[row], self.segment[row] = found, 0, 0
             return
-        base = self._ring.address if memory is self._ring.view else self._ring.whole.address
+        base = self._ring.address
         self.pointer[row], self.length[row], self.hop[row] = base + found.start, found.length, found.hop
         if found.family == 6:
             self._widen()

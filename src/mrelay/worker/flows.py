@@ -115,7 +115,7 @@ class FlowTable:
         return found
 
     def _probe(self, place: NDArray[np.int64], words: list[U64 | None]) -> I32:
-        slots = self._slots[place & (len(self._slots) - 1)]
+        slots: I32 = self._slots[place & (len(self._slots) - 1)]
         same = slots >= 0
         for row, word in zip(self.counters.keys, words, strict=True):
             if word is not None:  # the last word tells IPv4 from IPv6, so zeros need no look

@@ -1,68 +1,58 @@
-"""A worker's end of one receive ring: which slots are ours, where each frame lies, giving them back.
+"""A worker's end of an interface's receive rings: which slots are ours, and in what order frames came.
 
-Owns the ring's mapping and the buffers for frames longer than a slot. Never blocks: the socket is only
-read for frames that the ring says are waiting.
+Owns the rings' mappings. An interface has two rings: many short slots, so that bursts of small frames fit,
+and few long ones, for merged and jumbo frames, which the kernel copies while they are hot in its cache (D1).
+Both are read in order of arrival. Nothing here blocks.
 """
 
-import ctypes
 import socket
 import threading
+from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mrelay.kernel.cbpf import SKF_NET_OFF, attach_group_filter
+from mrelay.kernel.cbpf import SKF_NET_OFF, attach_group_filter, only_longer
 from mrelay.kernel.packet import (
     L3_OFFSET,
+    LONG_SLOT,
+    SHORT,
     SLOT,
-    TP_STATUS_COPY,
     TP_STATUS_USER,
     TPACKET2_HDR,
     VIRTIO_NET_HDR,
+    VIRTIO_NET_HDR_GSO_UDP_L4,
+    long_slots,
     map_ring,
     ring_drops,
 )
 
 ARPHRD_ETHER, ARPHRD_LOOPBACK = 1, 772  # linux/if_arp.h
-WHOLE = 66048  # bytes: the longest frame, 65,535 with link-layer, VLAN and virtio-net headers, rounded up
-WHOLE_BUFFERS = 64  # frames longer than a slot that one batch may hold
-_PEEK = 64  # bytes compared to find our place in the socket's queue
+_SEC, _NSEC = 4, 5  # 32-bit words of struct tpacket2_hdr
 _fence = threading.Lock()  # taking a lock orders our reads of slots after our read of their status words
-
-
-class WholeFrames:
-    """Buffers for frames longer than a slot; shared by a worker's rings, since one batch runs at a time."""
-
-    def __init__(self) -> None:
-        self.memory = bytearray(WHOLE * WHOLE_BUFFERS)
-        self.view = memoryview(self.memory)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+Ranges = list[tuple[int, int]]
+U64 = NDArray[np.uint64]
+_NEVER: Final = (1 << 64) - 1
 
 
 class Ring:
-    """One interface's ring, slot by slot.
+    """One ring, slot by slot.
 
-    `u8`, `u16`, `u32`, `u64`: the same memory as [slots, …] arrays; `view` as flat bytes; `pos` the next
-    slot to read; `address` where slot 0 lies.
+    `u16`, `u32`, `u64`: its memory as [slots, …] arrays; `view` as flat bytes; `pos` the next slot to read;
+    `address` where slot 0 lies; `size` a slot's bytes.
     """
 
-    def __init__(self, sock: socket.socket, ifindex: int, slots: int, whole: WholeFrames) -> None:
-        self.sock, self.ifindex, self.slots, self.whole = sock, ifindex, slots, whole
-        self._memory = map_ring(sock.fileno(), slots)
-        self.view = memoryview(self._memory)
-        flat = np.frombuffer(self._memory, dtype=np.uint8)
+    def __init__(self, sock: socket.socket, ifindex: int, slots: int, size: int) -> None:
+        self.sock, self.ifindex, self.slots, self.size = sock, ifindex, slots, size
+        memory = map_ring(sock.fileno(), slots, size)
+        self.view = memoryview(memory)
+        flat = np.frombuffer(memory, dtype=np.uint8)
         self.address = flat.ctypes.data
-        self.u16 = flat.view(np.uint16).reshape(slots, SLOT // 2)
-        self.u32 = flat.view(np.uint32).reshape(slots, SLOT // 4)
-        self.u64 = flat.view(np.uint64).reshape(slots, SLOT // 8)
+        self.u16 = flat.view(np.uint16).reshape(slots, size // 2)
+        self.u32 = flat.view(np.uint32).reshape(slots, size // 4)
+        self.u64 = flat.view(np.uint64).reshape(slots, size // 8)
         self._words = self.view.cast("I")
-        self._pos: int | None = (
-            None  # not known in a ring that somebody read before us, until a frame shows it
-        )
-        self._queue_checked = False
-        self._ranges: tuple[list[tuple[int, int]], list[tuple[int, int]]] = [], []
-        # An absolute offset also reads headers that are not in the buffer's linear part; SKF_NET_OFF does not.
-        self._network_offset = 14 if _hardware_type(sock) in (ARPHRD_ETHER, ARPHRD_LOOPBACK) else SKF_NET_OFF
-        sock.setblocking(False)
+        self._pos: int | None = None  # not known in a ring that somebody read before us, until a frame shows it
 
     @property
     def pos(self) -> int:
@@ -73,7 +63,7 @@ class Ring:
         if self._pos is None and not self._find_place():
             return 0
         pos = self.pos
-        if not self._words[pos * (SLOT // 4)] & TP_STATUS_USER:
+        if not self._words[pos * (self.size // 4)] & TP_STATUS_USER:
             return 0
         mine = self.u32[pos : pos + limit, 0] & TP_STATUS_USER
         count = len(mine) if mine.all() else int(mine.argmin())
@@ -86,84 +76,124 @@ class Ring:
         if not mine.any():
             return False
         if mine.all():
-            time = self.u32[:, 4].astype(np.uint64) << 32 | self.u32[:, 5]  # tp_sec, tp_nsec
-            self._pos = int(time.argmin())
+            self._pos = int(self._times(0, self.slots).argmin())
         else:
             self._pos = int(np.flatnonzero(mine & ~np.roll(mine, 1))[0])
         return True
 
+    def times(self, count: int) -> U64:
+        """When the next `count` frames came, in an order that compares; u64[count]."""
+        return self._times(self.pos, count)
+
+    def _times(self, start: int, count: int) -> U64:
+        head = self.u32[start : start + count]
+        return head[:, _SEC].astype(np.uint64) << np.uint64(32) | head[:, _NSEC]
+
     def release(self, count: int) -> None:
-        """Give `count` slots back to the kernel. The next syscall orders the store; a late one costs nothing."""
+        """Give `count` slots back to the kernel. The next syscall orders the store; a late one does no harm."""
         self.u32[self.pos : self.pos + count, 0] = 0
         self._pos = (self.pos + count) % self.slots
 
     def header(self, slot: int) -> tuple[int, int, int, int, int]:
         """(status, length, captured, link-layer header's length, VLAN TCI) of a slot's frame."""
-        status, length, captured, mac, _, _, _, tci, _ = TPACKET2_HDR.unpack_from(self.view, slot * SLOT)
+        status, length, captured, mac, _, _, _, tci, _ = TPACKET2_HDR.unpack_from(self.view, slot * self.size)
         return status, length, captured, L3_OFFSET - mac, tci
 
     def segment_size(self, slot: int, link: int) -> int:
         """The payload size of a merged frame's datagrams, 0 for a single one."""
-        at = slot * SLOT + L3_OFFSET - link - VIRTIO_NET_HDR.size
+        at = slot * self.size + L3_OFFSET - link - VIRTIO_NET_HDR.size
         _, kind, _, size, _, _ = VIRTIO_NET_HDR.unpack_from(self.view, at)
-        return size if kind == 5 else 0
-
-    def read_whole(self, slot: int, buffer: int) -> bool:
-        """Fetch the whole of a slot's long frame into a buffer; False when it is no longer there."""
-        if not self._queue_checked and not self._queue_matches(slot):
-            return False
-        self._queue_checked = True
-        at = buffer * WHOLE
-        try:
-            got = self.sock.recv_into(self.whole.view[at : at + WHOLE])
-        except BlockingIOError:
-            return False
-        return got > VIRTIO_NET_HDR.size
-
-    def _queue_matches(self, slot: int) -> bool:
-        """A worker that died between fetching a frame and giving its slot back left them out of step."""
-        try:
-            head = self.sock.recv(VIRTIO_NET_HDR.size + _PEEK, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-        _, _, _, link, _ = self.header(slot)
-        at = slot * SLOT + L3_OFFSET - link
-        return head[VIRTIO_NET_HDR.size :] == self.view[at : at + _PEEK]
-
-    def fitting(self, count: int, buffers: int) -> int:
-        """As many of the next `count` slots as hold no more than `buffers` long frames."""
-        if count <= buffers:
-            return count
-        long = np.cumsum(self.u32[self.pos : self.pos + count, 0] & TP_STATUS_COPY != 0)
-        return int(np.searchsorted(long, buffers, side="right"))
-
-    def clear_stray(self) -> None:
-        """Frames queued without a slot (left by a worker that died): nobody would ever ask for them."""
-        try:
-            while self.ready(1) == 0:
-                self.sock.recv(1)
-        except BlockingIOError:
-            pass
-
-    def clear_error(self) -> None:
-        """Read the socket's error (the interface went down), or poll would report it for ever."""
-        self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-
-    def is_long(self, status: int) -> bool:
-        return bool(status & TP_STATUS_COPY)
-
-    def set_filter(self, v4: list[tuple[int, int]], v6: list[tuple[int, int]]) -> None:
-        """Let in only what is addressed to these closed address ranges."""
-        if (v4, v6) != self._ranges:
-            attach_group_filter(self.sock, v4, v6, self._network_offset)
-            self._ranges = v4, v6
+        return size if kind == VIRTIO_NET_HDR_GSO_UDP_L4 else 0
 
     def lost(self) -> int:
         """Frames that found the ring full since the last call."""
         return ring_drops(self.sock)
 
+    def clear_error(self) -> None:
+        """Read the socket's error (the interface went down), or poll would report it for ever."""
+        self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+
     def close(self) -> None:
         self.sock.close()
+
+
+class Ingress:
+    """An interface's two rings, read as one."""
+
+    def __init__(self, socks: list[socket.socket], ifindex: int, slots: int) -> None:
+        self.ifindex = ifindex
+        self.short = Ring(socks[0], ifindex, slots, SLOT)
+        self.long = Ring(socks[1], ifindex, long_slots(slots), LONG_SLOT)
+        self.rings = (self.short, self.long)
+        self._ranges: tuple[Ranges, Ranges] = [], []
+        # An absolute offset also reads headers that are not in the buffer's linear part; SKF_NET_OFF does not.
+        ethernet = _hardware_type(socks[0]) in (ARPHRD_ETHER, ARPHRD_LOOPBACK)
+        self._network_offset = 14 if ethernet else SKF_NET_OFF
+
+    def set_filter(self, v4: Ranges, v6: Ranges) -> None:
+        """Let in only what is addressed to these closed address ranges."""
+        if (v4, v6) != self._ranges:
+            for ring in self.rings:
+                start = only_longer(SHORT, longer=ring is self.long)
+                attach_group_filter(ring.sock, v4, v6, self._network_offset, start)
+            self._ranges = v4, v6
+
+    def ready(self, limit: int) -> list[tuple[Ring, int]]:
+        """What waits, as (ring, frames) in order of arrival; at most `limit` frames of each ring.
+
+        A frame is only taken when nothing that came before it can still be unseen in the other ring: the
+        second look at the short ring shows all that came before the long frames just seen.
+        """
+        seen = self.short.ready(limit)
+        long = self.long.ready(limit)
+        if not long:
+            return [(self.short, seen)] if seen else []
+        short = self.short.ready(limit)
+        if not short:
+            return [(self.long, long)]
+        runs = interleave(
+            self.short.times(short),
+            seen,
+            self._capped(self.short, short, limit),
+            self.long.times(long),
+            self._capped(self.long, long, limit),
+        )
+        return [(self.long if is_long else self.short, count) for is_long, count in runs]
+
+    def _capped(self, ring: Ring, count: int, limit: int) -> bool:
+        return count == limit or ring.pos + count == ring.slots
+
+    def close(self) -> None:
+        for ring in self.rings:
+            ring.close()
+
+
+def interleave(short: U64, seen: int, short_capped: bool, long: U64, long_capped: bool) -> list[tuple[bool, int]]:
+    """Runs (of the long ring?, frames) in order of arrival, from the two rings' times.
+
+    The first `seen` short frames were there before the long ones were looked at. Capped: more may wait
+    behind the last one, so nothing later than it is taken from the other ring.
+    """
+    last_long, last_short = int(long[-1]), int(short[-1]) if short_capped else _NEVER
+    long = long[: int(np.searchsorted(long, last_short, side="right"))]
+    takable = int(np.searchsorted(short, last_long, side="right"))
+    short_count = takable if long_capped else max(seen, takable)
+    before = np.minimum(np.searchsorted(short, long, side="left"), short_count)
+    runs: list[tuple[bool, int]] = []
+    done = 0
+    for upto in before.tolist():
+        if upto > done:
+            runs.append((False, upto - done))
+            done = upto
+        runs = _extend_long(runs)
+    return [*runs, (False, short_count - done)] if short_count > done else runs
+
+
+def _extend_long(runs: list[tuple[bool, int]]) -> list[tuple[bool, int]]:
+    """One more long frame, in the last run if that is one of them."""
+    if runs and runs[-1][0]:
+        return [*runs[:-1], (True, runs[-1][1] + 1)]
+    return [*runs, (True, 1)]
 
 
 def _hardware_type(sock: socket.socket) -> int:

@@ -39,7 +39,7 @@ from mrelay.model.ruleset import RuleSet
 from mrelay.worker.egress import Egress
 from mrelay.worker.failures import Failures
 from mrelay.worker.flows import FlowTable
-from mrelay.worker.ingress import WHOLE_BUFFERS, Ring, WholeFrames
+from mrelay.worker.ingress import Ingress
 from mrelay.worker.messages import Sender, best_sender
 from mrelay.worker.scalar import ScalarPath
 from mrelay.worker.vector import MAX_BATCH, VectorPath
@@ -56,13 +56,13 @@ class Worker:
     def __init__(self, supervisor: Channel, setup: WorkerSetup, fds: list[int], sender: Sender) -> None:
         self.supervisor, self._sender = supervisor, sender
         self.counters = Counters(fds[1], setup.flow_limit, write=True)
-        self.rules, self.egress, self.whole = RuleSet(), Egress(), WholeFrames()
+        self.rules, self.egress = RuleSet(), Egress()
         self.table = FlowTable(self.counters, setup.flow_limit, self.rules, self.egress)
         failures = Failures(self.counters)
         self.scalar = ScalarPath(self.counters, self.table, failures)
         self.vector = VectorPath(self.counters, self.table, failures, sender)
-        self.rings: dict[int, Ring] = {}
-        self._by_fd: dict[int, Ring] = {}
+        self.ingress: dict[int, Ingress] = {}
+        self._by_fd: dict[int, Ingress] = {}
         self._poll = select.poll()
         self._poll.register(supervisor.sock, select.POLLIN)
         self.control: Channel | None = None
@@ -90,11 +90,11 @@ class Worker:
     def _from_supervisor(self, message: Message, fds: list[int]) -> None:
         match message:
             case Granted(OpenIngress(ifindex, slots)):
-                self._add_ring(Ring(socket.socket(fileno=fds[0]), ifindex, slots, self.whole))
+                self._add_ingress(Ingress([socket.socket(fileno=fd) for fd in fds], ifindex, slots))
             case Granted(OpenEgress(output)):
                 self.egress.grant(output, socket.socket(fileno=fds[0]))
             case Revoked(OpenIngress(ifindex)):
-                self._remove_ring(ifindex)
+                self._remove_ingress(ifindex)
             case Revoked(OpenEgress(output)):
                 self.egress.revoke(output)
             case WorkerSetup():
@@ -151,51 +151,61 @@ class Worker:
         if not self._committed:
             self._committed = True
             self.table.restore()
-            for ring in self.rings.values():
-                self._poll.register(ring.sock, select.POLLIN)
-        for ring in self.rings.values():
-            self._filter(ring)
+            for ingress in self.ingress.values():
+                self._open_gate(ingress)
+        for ingress in self.ingress.values():
+            self._filter(ingress)
 
-    def _filter(self, ring: Ring) -> None:
-        ring.set_filter(self.rules.ranges(ring.ifindex, 4), self.rules.ranges(ring.ifindex, 6))
+    def _filter(self, ingress: Ingress) -> None:
+        ingress.set_filter(*(self.rules.ranges(ingress.ifindex, family) for family in (4, 6)))
 
     def _sync(self) -> None:
         self.table.fold()
-        for ring in self.rings.values():
+        for ingress in self.ingress.values():
+            self._count_lost(ingress)
+
+    def _count_lost(self, ingress: Ingress) -> None:
+        for ring in ingress.rings:
             lost = np.uint64(ring.lost())
             self.counters.totals[RECEIVED] += lost
             self.counters.drops[RING_FULL] += lost
 
     # ---- rings -----------------------------------------------------------------------------
 
-    def _add_ring(self, ring: Ring) -> None:
-        self._remove_ring(ring.ifindex)
-        self.rings[ring.ifindex] = self._by_fd[ring.sock.fileno()] = ring
+    def _add_ingress(self, ingress: Ingress) -> None:
+        self._remove_ingress(ingress.ifindex)
+        self.ingress[ingress.ifindex] = ingress
         if self._committed:
+            self._open_gate(ingress)
+
+    def _open_gate(self, ingress: Ingress) -> None:
+        """From here on its frames are ours to forward."""
+        for ring in ingress.rings:
+            self._by_fd[ring.sock.fileno()] = ingress
             self._poll.register(ring.sock, select.POLLIN)
-            self._filter(ring)
+        self._filter(ingress)
 
-    def _remove_ring(self, ifindex: int) -> None:
-        ring = self.rings.pop(ifindex, None)
-        if ring is not None:
-            del self._by_fd[ring.sock.fileno()]
-            if self._committed:
+    def _remove_ingress(self, ifindex: int) -> None:
+        ingress = self.ingress.pop(ifindex, None)
+        if ingress is None:
+            return
+        self._count_lost(ingress)
+        for ring in ingress.rings:
+            if self._by_fd.pop(ring.sock.fileno(), None) is not None:
                 self._poll.unregister(ring.sock)
-            ring.close()
+        ingress.close()
 
-    def _forward(self, ring: Ring) -> None:
-        """What waits in a ring, a batch at a time."""
-        for round_ in range(_ROUNDS):
-            count = ring.ready(MAX_BATCH)
-            if count == 0:
-                if round_ == 0:
-                    ring.clear_stray()
+    def _forward(self, ingress: Ingress) -> None:
+        """What waits in an interface's rings, a batch at a time."""
+        for _ in range(_ROUNDS):
+            runs = ingress.ready(MAX_BATCH)
+            if not runs:
                 return
             self.table.now += 1
-            count = ring.fitting(count, WHOLE_BUFFERS)
-            path = self.scalar if count <= SCALAR_MOST else self.vector
-            path.forward(ring, count)
-            ring.release(count)
+            for ring, count in runs:
+                path = self.scalar if count <= SCALAR_MOST else self.vector
+                path.forward(ring, count)
+                ring.release(count)
 
     # ---- the loop --------------------------------------------------------------------------
 
@@ -209,11 +219,12 @@ class Worker:
                 self._drain(self.supervisor)
                 self._drain(self.control)
             for fd, event in ready.items():
-                ring = self._by_fd.get(fd)
-                if ring is not None:
-                    self._forward(ring)
+                ingress = self._by_fd.get(fd)
+                if ingress is not None:
+                    self._forward(ingress)
                     if event & select.POLLERR:
-                        ring.clear_error()
+                        for ring in ingress.rings:
+                            ring.clear_error()
 
     def _drain(self, channel: Channel) -> None:
         """Every message that waits. Control's end is not ours: rules stay in force until another comes."""

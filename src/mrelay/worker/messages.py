@@ -76,9 +76,7 @@ class MessageTable:
         h[:, _CONTROL_LENGTH] = np.where(segment > 0, _AFTER_SEGMENT * 8, 0)
         self._segment[:n] = segment
 
-    def fill_special(
-        self, rows: Rows, segment: I64, hop: I32, source: U64, entry: I32, egress: Egress
-    ) -> None:
+    def fill_special(self, rows: Rows, segment: I64, hop: I32, source: U64, entry: I32, egress: Egress) -> None:
         """Headers `rows` also say their TTL and TOS, and the source address where the output keeps it.
 
         `segment` and `source` (u64[2, len(rows)]: high and low word) have a value a row; `hop` and `entry`
@@ -102,9 +100,7 @@ class MessageTable:
         self.headers[rows, _CONTROL] = self._control_at[rows] + (start * 8).astype(np.uint64)
         self.headers[rows, _CONTROL_LENGTH] = (end - start) * 8
 
-    def _fill_source(
-        self, v4: Rows, v6: Rows, v4_source: U64, v6_source: U64, entry: I32, egress: Egress
-    ) -> None:
+    def _fill_source(self, v4: Rows, v6: Rows, v4_source: U64, v6_source: U64, entry: I32, egress: Egress) -> None:
         c = self._control
         c[v4, _PKTINFO] = 28  # CMSG_LEN(sizeof(struct in_pktinfo))
         c[v4, _PKTINFO + 1] = socket.IPPROTO_IP | IP_PKTINFO << 32

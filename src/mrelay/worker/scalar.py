@@ -3,29 +3,22 @@
 Called by worker.main between waits. Sends never block. DESIGN.md section 6.
 """
 
-from mrelay.counters import MATCHED, RATE_LIMITED, RECEIVED, RING_FULL, TRUNCATED, Counters
-from mrelay.kernel.packet import L3_OFFSET, SLOT, TP_STATUS_VLAN_VALID, VIRTIO_NET_HDR
+from mrelay.counters import MATCHED, RATE_LIMITED, RECEIVED, TRUNCATED, Counters
+from mrelay.kernel.packet import L3_OFFSET, TP_STATUS_VLAN_VALID
 from mrelay.worker.egress import Entry
 from mrelay.worker.failures import Failures
 from mrelay.worker.flows import FORWARD, IGNORE, Flow, FlowTable
-from mrelay.worker.ingress import WHOLE, Ring
+from mrelay.worker.ingress import Ring
 from mrelay.worker.parse import Datagram, parse
 
 
-def read_frame(ring: Ring, slot: int, buffer: int) -> tuple[Datagram | int, memoryview]:
-    """What lies in a slot, and the memory that its payload's offset counts in."""
-    status, length, captured, link, _ = ring.header(slot)
-    if ring.is_long(status):
-        if not ring.read_whole(slot, buffer):
-            return RING_FULL, ring.view
-        start = buffer * WHOLE + VIRTIO_NET_HDR.size + link
-        return parse(ring.whole.view, start, start - link + length), ring.whole.view
-    if captured < length:
-        return RING_FULL, ring.view  # no room to queue the whole frame
-    start = slot * SLOT + L3_OFFSET
-    if captured < link:
-        return TRUNCATED, ring.view
-    return parse(ring.view, start, start - link + captured), ring.view
+def read_frame(ring: Ring, slot: int) -> Datagram | int:
+    """What lies in a slot (its payload's offset counts in `ring.view`), or a drop reason."""
+    _, length, captured, link, _ = ring.header(slot)
+    if captured < max(length, link):
+        return TRUNCATED
+    start = slot * ring.size + L3_OFFSET
+    return parse(ring.view, start, start - link + captured)
 
 
 class ScalarPath:
@@ -37,11 +30,11 @@ class ScalarPath:
         self._packets, self._bytes = counters.flows[0].data, counters.flows[1].data
 
     def forward(self, ring: Ring, count: int) -> None:
-        for buffer, slot in enumerate(range(ring.pos, ring.pos + count)):
-            self._forward_one(ring, slot, buffer)
+        for slot in range(ring.pos, ring.pos + count):
+            self._forward_one(ring, slot)
 
-    def _forward_one(self, ring: Ring, slot: int, buffer: int) -> None:
-        found, memory = read_frame(ring, slot, buffer)
+    def _forward_one(self, ring: Ring, slot: int) -> None:
+        found = read_frame(ring, slot)
         if isinstance(found, int):
             self._drop(found, 1)
             return
@@ -57,7 +50,7 @@ class ScalarPath:
         flow = self.table.flows[place]
         assert flow is not None  # noqa: S101  a slot that forwards holds a flow
         self._count(place, count, found.length)
-        payload = memory[found.start : found.start + found.length]
+        payload = ring.view[found.start : found.start + found.length]
         self._send(flow, payload, segment if count > 1 else 0, count, found.hop)
 
     def _drop(self, verdict: int, count: int) -> None:

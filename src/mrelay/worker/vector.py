@@ -156,9 +156,7 @@ class VectorPath:
         special = np.flatnonzero((hop != self.table.egress.hop[entry]) | self.table.egress.keep[entry])
         if len(special):
             source = self.table.counters.keys[:2, runs.flow[run[special]]]
-            self._messages.fill_special(
-                special, runs.segment[run[special]], hop, source, entry, self.table.egress
-            )
+            self._messages.fill_special(special, runs.segment[run[special]], hop, source, entry, self.table.egress)
         for message, error in self.sender.send(self.table.egress.fd[entry]):
             self._retry(runs, int(run[message]), int(entry[message]), int(hop[message]), error, failed)
         self._adopt(entry[special], hop[special])
