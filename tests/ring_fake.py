@@ -80,7 +80,7 @@ def ring(monkeypatch: pytest.MonkeyPatch) -> FakeRing:
     return new_ring(monkeypatch)
 
 
-def new_ring(monkeypatch: pytest.MonkeyPatch) -> FakeRing:
+def new_ring(monkeypatch: pytest.MonkeyPatch, *, used: bool = False) -> FakeRing:
     monkeypatch.setattr(ingress, "map_ring", lambda fd, slots, slot: mmap.mmap(-1, slots * slot))
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    return FakeRing(sock, 7, 256, packet.SLOT)
+    return FakeRing(sock, 7, 256, packet.SLOT, used=used)

@@ -18,7 +18,7 @@ from mrelay.counters_size import HEADER, MAX_LINKS, MAX_RULES, counters_size
 
 MAGIC: Final = 0x6D72656C61790001  # "mrelay", layout 1
 
-# DESIGN.md section 4; the index is the slot in `drops`.
+# README.md says what each means; the index is the slot in `drops`.
 DROP_REASONS: Final = (
     "no_rule",
     "not_udp",

@@ -208,9 +208,13 @@ class WorkerSetup:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """To a worker: its copy of `what` comes along: the two rings, short then long, or the egress socket."""
+    """To a worker: its copy of `what` comes along: the two rings, short then long, or the egress socket.
+
+    `used`: a worker that is gone had it before.
+    """
 
     what: Resource
+    used: bool
 
 
 @dataclass(frozen=True, slots=True)

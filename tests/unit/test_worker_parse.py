@@ -116,14 +116,16 @@ def test_merged_frames_count_their_datagrams(ring: FakeRing) -> None:  # noqa: F
     assert batch.length.dtype == np.int64
 
 
-def test_place_is_found_in_a_ring_that_another_read(ring: FakeRing) -> None:  # noqa: F811
+def test_place_is_found_in_a_ring_that_another_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = new_ring(monkeypatch, used=True)
     for _ in range(5):
         ring.put(udp_v4(b"x"))
     ring.u32[:3, 0] = 0
     assert (ring.ready(10), ring.pos) == (2, 3)
 
 
-def test_place_is_found_in_a_full_ring_by_time(ring: FakeRing) -> None:  # noqa: F811
+def test_place_is_found_in_a_full_ring_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = new_ring(monkeypatch, used=True)
     for _ in range(256):
         ring.put(udp_v4(b"x"))
     ring.u32[:, 5] = (np.arange(256) + 256 - 100) % 256

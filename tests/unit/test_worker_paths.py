@@ -48,7 +48,7 @@ class FakeSocket:
     def close(self) -> None:
         pass
 
-    def sendmsg(self, payloads: Any, control: Any, flags: int, address: Any) -> None:
+    def sendmsg(self, payloads: Any, control: Any, flags: int = 0, address: Any = None) -> None:
         if self.refuse:
             raise OSError(self.refuse, os.strerror(self.refuse))
         data = b"".join(bytes(p) for p in payloads)

@@ -1,4 +1,4 @@
-"""What the API says in numbers: stats, flows and workers, as in DESIGN.md section 4.
+"""What the API says in numbers: stats, flows and workers; where they come from: docs/decisions/D32.
 
 Owns nothing; reads the workers' counters after they brought them up to date. Called by api and metrics.
 Long lists are made in a thread, from copies.

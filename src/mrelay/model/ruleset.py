@@ -1,7 +1,7 @@
 """Which rules take a flow, and where it then goes: the one place where rules are resolved.
 
 Owns the compiled rules (messages.PutRule) of one worker, indexed by interface and group. Pure: no I/O,
-standard library only, since workers import it. DESIGN.md section 3.
+standard library only, since workers import it. See docs/decisions/D30.
 """
 
 import ipaddress

@@ -128,7 +128,7 @@ class Supervisor:
             worker.tell(setup, [its.fileno(), worker.counters])
             for what, opened in self._resources.held.items() if equip else ():
                 if opened.sockets:
-                    worker.tell(Granted(what), opened.fds(worker.number))
+                    worker.tell(Granted(what, used=worker.restarts > 0), opened.fds(worker.number))
             up = WorkerUp(worker.number, worker.core or 0, worker.pid, worker.restarts, worker.flow_limit)
             self._control.tell(up, [theirs.fileno(), worker.counters])
 
@@ -182,7 +182,7 @@ class Supervisor:
         opened = self._resources.open(what)
         if new and opened.sockets:
             for worker in self._workers:
-                worker.tell(Granted(what), opened.fds(worker.number))
+                worker.tell(Granted(what, used=False), opened.fds(worker.number))
         return []
 
     def _release(self, what: Resource) -> list[int]:

@@ -60,6 +60,10 @@ class Entry:
         tos = hop & 0xFF if self.to.dscp < 0 else self.to.dscp << 2 | (hop & 3)
         return ttl << 8 | tos
 
+    def needs_nothing(self, hop: int) -> bool:
+        """Whether a send of what came in with `hop` need not name an address, a TTL or a source."""
+        return not self.to.named and not self.to.keep and self.out_hop(hop) == self.hop
+
     def adopt(self, hop: int) -> None:
         """Make `hop` what the socket sends with, so that most sends need not say it."""
         if self.sock is None or self.adaptations >= _ADAPTATIONS:
@@ -72,9 +76,7 @@ class Entry:
         """One send: one datagram, or several of `segment` bytes. OSError when the kernel refuses it."""
         if self.sock is None:
             raise OSError(errno.EBADF, "the output's socket is not here")
-        control = []
-        if segment:
-            control.append(segment_control(segment))
+        control = [segment_control(segment)] if segment else []
         if hop != self.hop:
             control += hop_control(self.to.family, hop >> 8, hop & 0xFF)
         if self.to.keep:
@@ -88,23 +90,26 @@ class Entry:
         """
         if hop < 256:
             return _count(payloads, segment), errno.ETIME
-        error = self._try(payloads, segment, hop, source)
-        if error == 0:
+        try:
+            self.send(payloads, segment, hop, source)
             return 0, 0
+        except OSError as failure:
+            error = failure.errno or errno.EIO
+        if error in _STALE:
+            error = self._try(payloads, segment, hop, source)
+            if error == 0:
+                return 0, 0
         if not segment or error not in _UNSEGMENTED:
             return _count(payloads, segment), error
         errors = [self._try([p], 0, hop, source) for p in _split(payloads, segment)]
         return sum(e != 0 for e in errors), max(errors)
 
     def _try(self, payloads: Sequence[Payload], segment: int, hop: int, source: bytes) -> int:
-        for attempt in range(2):
-            try:
-                self.send(payloads, segment, hop, source)
-                return 0
-            except OSError as error:
-                code = error.errno or errno.EIO
-                if attempt or code not in _STALE:
-                    return code
+        """The errno of one send, 0 when it went."""
+        try:
+            self.send(payloads, segment, hop, source)
+        except OSError as error:
+            return error.errno or errno.EIO
         return 0
 
 
@@ -127,6 +132,7 @@ class Egress:
     """
 
     def __init__(self) -> None:
+        self.generation = 0  # grows whenever a socket, or what it sends with, changes
         self._sockets: dict[int, socket.socket] = {}
         self._entries: dict[Destination, Entry] = {}
         self.entries: list[Entry] = []
@@ -147,10 +153,12 @@ class Egress:
         """The socket of an output has come (again, after a restart)."""
         self.revoke(output)
         self._sockets[output] = sock
+        self.generation += 1
 
     def revoke(self, output: int) -> None:
         """Close an output's socket; entries that still use it fail with EBADF and are counted."""
         sock = self._sockets.pop(output, None)
+        self.generation += 1
         if sock is None:
             return
         for entry in self.entries:
@@ -189,6 +197,7 @@ class Egress:
     def adopt(self, index: int, hop: int) -> None:
         """Let an entry's socket send with `hop` by default."""
         self.entries[index].adopt(hop)
+        self.generation += 1
         self.hop[index] = self.entries[index].hop
 
     def forget_entries(self) -> None:

@@ -45,7 +45,7 @@ class Failures:
 
     def _book_drop(self, flow: Flow, lost: int, octets: int, error: int) -> None:
         reason = TTL_EXPIRED if error == EXPIRED else drop_reason(error)
-        self._counters.totals[MATCHED] -= np.uint64(lost)
+        self._counters.totals[MATCHED : MATCHED + 1] -= np.uint64(lost)
         self._counters.drops[reason] += np.uint64(lost)
         for rule in flow.route.rules:
             self._counters.rules[:, rule] -= np.array([lost, octets], np.uint64)

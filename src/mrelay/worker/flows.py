@@ -1,4 +1,4 @@
-"""The flow table: exact match from what a frame says to where it goes. DESIGN.md section 3.
+"""The flow table: exact match from what a frame says to where it goes. See docs/decisions/D30.
 
 Owns the table's keys and counts (in the shared counters), the routes' entries, and the slow path that
 resolves a miss against the rules. Bounded: when it is full, the flows unused for longest make room.
@@ -6,6 +6,7 @@ Called by both paths of one worker; nothing here blocks.
 """
 
 import secrets
+import socket
 import time
 from typing import Final
 
@@ -28,12 +29,24 @@ I32 = NDArray[np.int32]
 class Flow:
     """An installed flow. `entries` are its route's, in order; `source` is what source=keep sends from."""
 
-    __slots__ = ("entries", "key", "route", "source", "warned")
+    __slots__ = ("control", "entries", "key", "route", "sockets", "source", "steady", "warned")
 
     def __init__(self, key: FlowKey, route: Route, entries: tuple[Entry, ...]) -> None:
         self.key, self.route, self.entries = key, route, entries
         self.source = key.source.to_bytes(4 if key.family == 4 else 16)
         self.warned = False
+        self.steady: tuple[int, int, int] | None = None
+        self.sockets: list[socket.socket] = []
+        self.control: list[tuple[int, int, bytes]] = []
+
+    def settle(self, steady: tuple[int, int, int], control: list[tuple[int, int, bytes]]) -> None:
+        """Frames of this hop and segment size, while Egress.generation is this, need nothing said but `control`.
+
+        Only when each entry's socket is connected, and sends with the right TTL, TOS and source by itself.
+        """
+        socks = [e.sock for e in self.entries if e.sock is not None and e.needs_nothing(steady[0])]
+        if len(socks) == len(self.entries):
+            self.steady, self.sockets, self.control = steady, socks, control
 
     def __str__(self) -> str:
         source, group = (address_text(self.key.family, a) for a in (self.key.source, self.key.group))

@@ -6,6 +6,7 @@ Both are read in order of arrival. Nothing here blocks.
 """
 
 import socket
+import struct
 import threading
 from typing import Final
 
@@ -42,7 +43,7 @@ class Ring:
     `address` where slot 0 lies; `size` a slot's bytes.
     """
 
-    def __init__(self, sock: socket.socket, ifindex: int, slots: int, size: int) -> None:
+    def __init__(self, sock: socket.socket, ifindex: int, slots: int, size: int, *, used: bool) -> None:
         self.sock, self.ifindex, self.slots, self.size = sock, ifindex, slots, size
         memory = map_ring(sock.fileno(), slots, size)
         self.view = memoryview(memory)
@@ -51,8 +52,11 @@ class Ring:
         self.u16 = flat.view(np.uint16).reshape(slots, size // 2)
         self.u32 = flat.view(np.uint32).reshape(slots, size // 4)
         self.u64 = flat.view(np.uint64).reshape(slots, size // 8)
-        self._words = self.view.cast("I")
-        self._pos: int | None = None  # not known in a ring that somebody read before us, until a frame shows it
+        self.learn(L3_OFFSET - 14)
+        self._words, self._stride = self.view.cast("I"), size // 4
+        # Where a worker before us got to is not known until a frame shows it, and looking for one is slow.
+        self._pos: int | None = None if used else 0
+        self.woken = True
 
     @property
     def pos(self) -> int:
@@ -60,15 +64,27 @@ class Ring:
 
     def ready(self, limit: int) -> int:
         """How many slots from `pos` on hold frames: at most `limit`, and none beyond the ring's end."""
-        if self._pos is None and not self._find_place():
+        if self._pos is None and not (self.woken and self._find_place()):
+            self.woken = False
             return 0
-        pos = self.pos
-        if not self._words[pos * (self.size // 4)] & TP_STATUS_USER:
+        pos, limit, reach = self.pos, min(limit, self.slots - self.pos), 1
+        if not self._is_ours(pos):
             return 0
-        mine = self.u32[pos : pos + limit, 0] & TP_STATUS_USER
+        # A look at a slot is a cache miss, so look ahead in doubling steps, then at each slot up to there.
+        if self.size != SLOT:
+            while reach < limit and self._is_ours(pos + reach):
+                reach += 1
+            with _fence:
+                return reach
+        while reach < limit and self._is_ours(pos + min(2 * reach, limit) - 1):
+            reach *= 2
+        mine = self.u32[pos : pos + min(2 * reach, limit), 0] & TP_STATUS_USER
         count = len(mine) if mine.all() else int(mine.argmin())
         with _fence:
             return count
+
+    def _is_ours(self, slot: int) -> int:
+        return self._words[slot * self._stride] & TP_STATUS_USER
 
     def _find_place(self) -> bool:
         """The oldest frame: the one behind a slot that is the kernel's, or in a full ring by its time."""
@@ -105,6 +121,10 @@ class Ring:
         _, kind, _, size, _, _ = VIRTIO_NET_HDR.unpack_from(self.view, at)
         return size if kind == VIRTIO_NET_HDR_GSO_UDP_L4 else 0
 
+    def learn(self, mac: int) -> None:
+        """Frames of this interface have their link-layer header there."""
+        self.mac, self.head = _head_at(mac)
+
     def lost(self) -> int:
         """Frames that found the ring full since the last call."""
         return ring_drops(self.sock)
@@ -120,10 +140,10 @@ class Ring:
 class Ingress:
     """An interface's two rings, read as one."""
 
-    def __init__(self, socks: list[socket.socket], ifindex: int, slots: int) -> None:
+    def __init__(self, socks: list[socket.socket], ifindex: int, slots: int, *, used: bool) -> None:
         self.ifindex = ifindex
-        self.short = Ring(socks[0], ifindex, slots, SLOT)
-        self.long = Ring(socks[1], ifindex, long_slots(slots), LONG_SLOT)
+        self.short = Ring(socks[0], ifindex, slots, SLOT, used=used)
+        self.long = Ring(socks[1], ifindex, long_slots(slots), LONG_SLOT, used=used)
         self.rings = (self.short, self.long)
         self._ranges: tuple[Ranges, Ranges] = [], []
         # An absolute offset also reads headers that are not in the buffer's linear part; SKF_NET_OFF does not.
@@ -160,6 +180,11 @@ class Ingress:
         )
         return [(self.long if is_long else self.short, count) for is_long, count in runs]
 
+    def woken(self, fd: int) -> None:
+        """poll says that the ring with this descriptor has frames."""
+        for ring in self.rings:
+            ring.woken |= ring.sock.fileno() == fd
+
     def _capped(self, ring: Ring, count: int, limit: int) -> bool:
         return count == limit or ring.pos + count == ring.slots
 
@@ -194,6 +219,15 @@ def _extend_long(runs: list[tuple[bool, int]]) -> list[tuple[bool, int]]:
     if runs and runs[-1][0]:
         return [*runs[:-1], (True, runs[-1][1] + 1)]
     return [*runs, (True, 1)]
+
+
+def _head_at(mac: int) -> tuple[int, struct.Struct]:
+    """For frames whose link-layer header is at `mac`, what to unpack from a slot's start.
+
+    status, length, captured, mac, VLAN TCI (struct tpacket2_hdr), gso_type, gso_size (virtio_net_hdr).
+    """
+    offload = mac - VIRTIO_NET_HDR.size
+    return mac, struct.Struct(f"=IIIH10xH{offload + 1 - 26}xB2xH")
 
 
 def _hardware_type(sock: socket.socket) -> int:

@@ -5,6 +5,7 @@ is here before the rule that uses it. A bad message, or the supervisor's end, en
 """
 
 import dataclasses
+import gc
 import itertools
 import logging
 import os
@@ -89,8 +90,8 @@ class Worker:
 
     def _from_supervisor(self, message: Message, fds: list[int]) -> None:
         match message:
-            case Granted(OpenIngress(ifindex, slots)):
-                self._add_ingress(Ingress([socket.socket(fileno=fd) for fd in fds], ifindex, slots))
+            case Granted(OpenIngress(ifindex, slots), used):
+                self._add_ingress(Ingress([socket.socket(fileno=fd) for fd in fds], ifindex, slots, used=used))
             case Granted(OpenEgress(output)):
                 self.egress.grant(output, socket.socket(fileno=fds[0]))
             case Revoked(OpenIngress(ifindex)):
@@ -197,13 +198,19 @@ class Worker:
 
     def _forward(self, ingress: Ingress) -> None:
         """What waits in an interface's rings, a batch at a time."""
+        waited = True
         for _ in range(_ROUNDS):
             runs = ingress.ready(MAX_BATCH)
             if not runs:
-                return
+                if waited:
+                    return
+                waited = True
+                os.sched_yield()
+                continue
+            waited = False
             self.table.now += 1
             for ring, count in runs:
-                path = self.scalar if count <= SCALAR_MOST else self.vector
+                path = self.scalar if count <= SCALAR_MOST or ring is ingress.long else self.vector
                 path.forward(ring, count)
                 ring.release(count)
 
@@ -221,6 +228,7 @@ class Worker:
             for fd, event in ready.items():
                 ingress = self._by_fd.get(fd)
                 if ingress is not None:
+                    ingress.woken(fd)
                     self._forward(ingress)
                     if event & select.POLLERR:
                         for ring in ingress.rings:
@@ -257,4 +265,7 @@ def main() -> None:
     supervisor.sock.setblocking(False)
     worker = Worker(supervisor, first[0], first[1], sender)
     restrict_worker()
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # a collection would stall forwarding; nothing here makes cycles
     worker.run()

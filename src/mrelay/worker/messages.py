@@ -29,7 +29,7 @@ from mrelay.worker.egress import Egress
 log = logging.getLogger("mrelay.worker")
 
 MESSAGES: Final = 2048  # a round's messages
-PAYLOADS: Final = 2048  # a batch's payloads
+PAYLOADS: Final = 4096  # a batch's payloads
 STRIDE: Final = 64  # bytes, struct mmsghdr
 # struct msghdr in 64-bit words
 _NAME, _NAME_LENGTH, _IOV, _IOV_COUNT, _CONTROL, _CONTROL_LENGTH = range(6)

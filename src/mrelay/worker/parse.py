@@ -16,6 +16,7 @@ _FRAGMENT: Final = 44
 _V4 = struct.Struct(">BBHHHBBHII")
 _V6 = struct.Struct(">IHBB16s16s")
 _UDP = struct.Struct(">HHHH")
+_WORDS: Final = {header: f"={header // 4}I" for header in range(20, 61, 4)}  # an IPv4 header in 32-bit words
 
 
 class Datagram(NamedTuple):
@@ -52,7 +53,7 @@ def _parse_v4(data: memoryview, start: int, end: int) -> Datagram | int:
         return MALFORMED
     if total > end - start:
         return TRUNCATED
-    if not _checksum_holds(data, start, header):
+    if not checksum_holds(data, start, header):
         return MALFORMED
     if fragment & 0x3FFF:  # more fragments, or an offset
         return FRAGMENT
@@ -61,8 +62,9 @@ def _parse_v4(data: memoryview, start: int, end: int) -> Datagram | int:
     return _parse_udp(data, start + header, start + total, (4, source, group, ttl << 8 | tos))
 
 
-def _checksum_holds(data: memoryview, start: int, header: int) -> bool:
-    total: int = sum(struct.unpack_from(f"={header // 2}H", data, start))
+def checksum_holds(data: memoryview, start: int, header: int) -> bool:
+    """Whether the IPv4 header of `header` bytes at data[start] has a right checksum (RFC 1071)."""
+    total: int = sum(struct.unpack_from(_WORDS[header], data, start))
     return total % 0xFFFF == 0  # ones' complement: a right sum is 0xffff, that is 0
 
 
@@ -93,4 +95,4 @@ def _parse_udp(data: memoryview, at: int, stop: int, network: tuple[int, int, in
     if length < _UDP.size or length > stop - at:
         return MALFORMED
     family, source, group, hop = network
-    return Datagram(family, source, group, port, at + _UDP.size, length - _UDP.size, hop)
+    return Datagram(family, source, group, port, at + 8, length - 8, hop)

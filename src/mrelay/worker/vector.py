@@ -2,7 +2,7 @@
 
 Runs of one flow and size become one message each (UDP_SEGMENT), a merged frame is one already; each
 message goes to every entry of its flow's route. Owns the message tables that the kernel reads. Called by
-worker.main; sends never block. DESIGN.md section 6, docs/decisions/D31.
+worker.main; sends never block. See docs/decisions/D31 and D33.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from mrelay.worker.flows import FORWARD, IGNORE, FlowTable
 from mrelay.worker.ingress import Ring
 from mrelay.worker.messages import MESSAGES, MessageTable, Sender
 
-MAX_BATCH: Final = 1024  # frames
+MAX_BATCH: Final = 4096  # frames
 _MAX_BYTES: Final = 65_000  # of payload in one message: an IP packet's limit, less headers
 I64 = NDArray[np.int64]
 I32 = NDArray[np.int32]
