@@ -93,7 +93,7 @@ def configs(draw: st.DrawFn) -> Config:
         "gro": st.just("auto") | st.booleans(),
         "socket_mode": st.sampled_from(["0600", "0660", "640"]),
         "socket_group": st.sampled_from(["adm", "video_ops", "ops-1"]),
-        "flow_limit": st.integers(1, 1 << 24),
+        "flow_limit": st.integers(1, 1 << 20),
         "ring_slots": st.integers(8, 16).map(lambda bits: 1 << bits),
     }
     rules = draw(st.lists(rule_tables(), max_size=4, unique_by=lambda table: table["name"]))

@@ -17,7 +17,8 @@ def checksum(data: bytes) -> int:
     total = sum(struct.unpack(f">{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF
+    folded: int = ~total & 0xFFFF
+    return folded
 
 
 def udp_v4(
@@ -74,13 +75,8 @@ class FakeRing(ingress.Ring):
         self.view[at + mac : at + mac + held] = frame[:held]
 
 
-@pytest.fixture
-def ring(monkeypatch: pytest.MonkeyPatch) -> FakeRing:
-    """An empty ring of 256 slots on interface 7."""
-    return new_ring(monkeypatch)
-
-
 def new_ring(monkeypatch: pytest.MonkeyPatch, *, used: bool = False) -> FakeRing:
+    """An empty ring of 256 slots on interface 7."""
     monkeypatch.setattr(ingress, "map_ring", lambda fd, slots, slot: mmap.mmap(-1, slots * slot))
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     return FakeRing(sock, 7, 256, packet.SLOT, used=used)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from mrelay.counters import FRAGMENT, MALFORMED, NOT_UDP, TRUNCATED
 from mrelay.worker.batch import Batch
 from mrelay.worker.flows import FORWARD
+from mrelay.worker.ingress import interleave
 from mrelay.worker.parse import Datagram, parse
-from ring_fake import FakeRing, new_ring, ring, udp_v4, udp_v6  # noqa: F401  ring is a fixture
+from ring_fake import new_ring, udp_v4, udp_v6
 
 HOP_BY_HOP = bytes([17, 0]) + bytes(6)
 
@@ -68,7 +69,7 @@ def test_each_reason(data: bytes, reason: int) -> None:
 def packets(rng: random.Random) -> bytes:
     """A packet of one of the shapes that occur, sometimes damaged."""
     payload = rng.randbytes(rng.choice([0, 1, 8, 100, 1400]))
-    make = rng.choice([udp_v4, udp_v4, udp_v4, udp_v6])
+    make = udp_v6 if rng.random() < 0.25 else udp_v4
     data = bytearray(
         make(payload, port=rng.choice([5000, 5001]), ttl=rng.choice([1, 2, 255]), tos=rng.choice([0, 184]))
     )
@@ -86,7 +87,7 @@ def packets(rng: random.Random) -> bytes:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32), count=st.integers(1, 64))
 def test_vector_reading_agrees_with_the_strict_one(seed: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = random.Random(seed)  # noqa: S311
+    rng = random.Random(seed)
     ring = new_ring(monkeypatch)
     frames = [packets(rng) for _ in range(count)]
     vlans = [rng.choice([None, None, 20]) for _ in frames]
@@ -106,7 +107,8 @@ def test_vector_reading_agrees_with_the_strict_one(seed: int, count: int, monkey
         assert int(batch.pointer[row]) - slot - 96 == wanted.start
 
 
-def test_merged_frames_count_their_datagrams(ring: FakeRing) -> None:  # noqa: F811
+def test_merged_frames_count_their_datagrams(monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = new_ring(monkeypatch)
     ring.put(udp_v4(bytes(1000)), segment=300)
     ring.put(udp_v4(bytes(1000)))
     ring.put(udp_v4(b""))
@@ -132,3 +134,42 @@ def test_place_is_found_in_a_full_ring_by_time(monkeypatch: pytest.MonkeyPatch) 
     assert (ring.ready(10), ring.pos) == (10, 100)
     ring.release(10)
     assert ring.pos == 110
+
+
+def arrivals(kinds: list[bool]) -> tuple[list[int], list[int]]:
+    """Times of the short and the long frames, when frame n came at time n."""
+    return [n for n, long in enumerate(kinds) if not long], [n for n, long in enumerate(kinds) if long]
+
+
+@given(
+    kinds=st.lists(st.booleans(), min_size=2, max_size=40),
+    looks=st.tuples(st.integers(0, 40), st.integers(0, 40), st.integers(0, 40)),
+    limit=st.integers(1, 40),
+)
+def test_two_rings_are_read_in_order_of_arrival(
+    kinds: list[bool], looks: tuple[int, int, int], limit: int
+) -> None:
+    """Frames come while we look: at the short ring, the long one, and the short one again."""
+    first, second, third = sorted(min(look, len(kinds)) for look in looks)
+    short, long = arrivals(kinds)
+    seen = min(limit, sum(n < first for n in short))
+    longs = [n for n in long if n < second][:limit]
+    shorts = [n for n in short if n < third][:limit]
+    if not longs or not shorts:
+        return
+    runs = interleave(
+        np.array(shorts, np.uint64), seen, len(shorts) == limit, np.array(longs, np.uint64), len(longs) == limit
+    )
+    sources, taken = {False: iter(short), True: iter(long)}, []
+    for is_long, count in runs:
+        taken += [next(sources[is_long]) for _ in range(count)]
+    assert taken == sorted(taken)
+    assert taken, "something always goes on"
+    missed = set(range(max(taken) + 1)) - set(taken)
+    assert not missed, "nothing is overtaken"
+
+
+def test_frames_that_came_after_the_first_look_wait_their_turn() -> None:
+    short, long = np.array([1, 5, 9], np.uint64), np.array([2, 3, 7], np.uint64)
+    assert interleave(short, 1, False, long, False) == [(False, 1), (True, 2), (False, 1), (True, 1)]
+    assert interleave(short, 3, False, long, False)[-1] == (False, 1), "seen before the long ones were looked at"

@@ -110,7 +110,7 @@ class Rig:
         for n, sock in enumerate(self.sockets):
             self.egress.grant(n, sock)  # type: ignore[arg-type]  # stands in for a socket
         self.table = FlowTable(self.counters, FLOWS, self.rules, self.egress)
-        failures = Failures(self.counters)
+        failures = Failures(self.counters, self.table.fold_flow)
         sender = FakeSender(self.sent, self.sockets)
         self.path: ScalarPath | VectorPath = ScalarPath(self.counters, self.table, failures)
         if vector:
@@ -182,7 +182,7 @@ def test_both_paths_do_the_same(
         with rig(monkeypatch, RULES, 3, vector=vector) as one:
             if refused is not None:
                 one.sockets[refused].refuse = errno.EPERM
-            for packet, segment in stream(random.Random(seed), count):  # noqa: S311
+            for packet, segment in stream(random.Random(seed), count):
                 one.ring.put(packet, segment=segment)
             one.forward(count)
             results.append((one.counts(), {fd: sorted(sent) for fd, sent in one.sent.items() if sent}))
@@ -215,7 +215,7 @@ def test_drops_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
                 one.ring.put(packet)
             one.forward(5)
             found = {DROP_REASONS[i]: int(n) for i, n in enumerate(one.counters.drops) if n}
-            wanted = {r: 1 for r in (DROP_REASONS[i] for i in (TTL_EXPIRED, NO_RULE, NO_OUTPUT, TX_ERROR))}
+            wanted = dict.fromkeys((DROP_REASONS[i] for i in (TTL_EXPIRED, NO_RULE, NO_OUTPUT, TX_ERROR)), 1)
             assert found == wanted
             assert one.counters.received == 4, "an address that no rule names is not ours to count"
 

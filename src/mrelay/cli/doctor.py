@@ -81,8 +81,8 @@ def _kernel() -> Iterator[Finding]:
     release = os.uname().release
     found = re.match(r"(\d+)\.(\d+)", release)
     version = (int(found[1]), int(found[2])) if found else (0, 0)
-    if version < (4, 20):  # PACKET_IGNORE_OUTGOING; UDP_SEGMENT is 4.18
-        why = "before 4.20 a relay cannot tell what it sent from what it received"
+    if version < (5, 3):  # pidfd_open; SO_BINDTOIFINDEX is 5.1, PACKET_IGNORE_OUTGOING 4.20
+        why = "before 5.3 a relay cannot watch its processes or bind its outputs"
         yield Finding("kernel", "bad", release, why, "upgrade the kernel, 6.1 or later for all there is")
     elif version < (6, 1):
         why = "before 6.1 io_uring lacks what sends cheapest, and before 5.17 sendmmsg is used"

@@ -117,7 +117,13 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(NoRule)
     async def absent(_: Request, error: NoRule) -> Response:
-        return _error(404, str(error), "name", f"there is no rule '{error}'", "GET /v1/rules lists them")
+        return _error(
+            404,
+            str(error),
+            "name",
+            f"there is no rule '{error}'",
+            "see: mrelay rule list (GET /v1/rules)",
+        )
 
     @app.exception_handler(OSError)
     async def not_saved(_: Request, error: OSError) -> Response:

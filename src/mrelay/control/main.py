@@ -166,8 +166,10 @@ class Control:
         relay = override(config.relay, setup.engine, setup.workers)
         kept = old if setup.restarted and saved else State(old.rules, old.file_rules, relay=relay)
         book = Rulebook(kept, file, self.workers.read_rule, self.workers.read_link)
-        rules = merge(kept.rules, kept.file_rules, config.rules)
-        state = book.checked(rules, config.rules, setup.config or "")
+        # Without a config file nothing was edited, so nothing changes.
+        edited = kept.file_rules if setup.config is None else config.rules
+        rules = merge(kept.rules, kept.file_rules, edited)
+        state = book.checked(rules, edited, setup.config or "")
         try:
             await book.change(state)
         except OSError as error:

@@ -39,9 +39,9 @@ class Sample:
 
 
 def flow_table(worker: Worker) -> FlowTable:
-    """A copy of the worker's live flows."""
+    """A copy of the worker's live flows: those that went somewhere."""
     counters = worker.counters
-    slots = np.flatnonzero(counters.keys[4])
+    slots = np.flatnonzero((counters.keys[4] != 0) & (counters.flows[0] != 0))
     return FlowTable(slots, counters.keys[:, slots], counters.flows[:, slots])
 
 

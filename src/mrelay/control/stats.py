@@ -119,7 +119,8 @@ async def _totals(worker: Worker) -> list[int]:
 
 
 def _flow_count(worker: Worker) -> int:
-    return int(np.count_nonzero(worker.counters.keys[4]))
+    """Flows that went somewhere; what no rule takes has a place in the table too, but no packets."""
+    return int(np.count_nonzero((worker.counters.keys[4] != 0) & (worker.counters.flows[0] != 0)))
 
 
 def _rules(rules: tuple[Rule, ...], slots: Slots, counted: Counted) -> list[Table]:

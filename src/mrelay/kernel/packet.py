@@ -24,6 +24,7 @@ PACKET_FANOUT: Final = 18
 PACKET_IGNORE_OUTGOING: Final = 23
 TPACKET_V2: Final = 1
 PACKET_FANOUT_HASH: Final = 0
+PACKET_FANOUT_CPU: Final = 2
 PACKET_FANOUT_FLAG_UNIQUEID: Final = 0x2000
 PACKET_FANOUT_FLAG_DEFRAG: Final = 0x8000
 
@@ -47,20 +48,19 @@ SHORT: Final = SLOT - L3_OFFSET  # bytes, link-layer header included: longer fra
 # The ring for long frames: jumbo frames, reassembled datagrams, and the 64 kB that GRO makes.
 LONG_SLOT: Final = -(-(65536 + 512) // mmap.PAGESIZE) * mmap.PAGESIZE
 _LONG_BLOCK: Final = 15  # slots a block: with 4 kB pages just under 1 MB
+LONG_SLOTS: Final = 4 * _LONG_BLOCK  # 60 of them: 4 MB, which a second-level cache nearly holds (D1)
 _SHORT_BLOCK: Final = 32 * max(1, mmap.PAGESIZE // 65536)  # slots a block: 64 kB, a whole page at least
 
 
-def long_slots(slots: int) -> int:
-    """How many long slots go with `slots` short ones: half their memory, in whole blocks."""
-    return 60
-
-
-def open_ring(ifindex: int, slots: int, slot: int, fanout: int | None) -> tuple[socket.socket, int]:
+def open_ring(
+    ifindex: int, slots: int, slot: int, fanout: int | None, *, shared: bool
+) -> tuple[socket.socket, int]:
     """A bound TPACKET_V2 ring of `slots` slots of `slot` bytes (SLOT or LONG_SLOT).
 
     It lets nothing in until its owner attaches a filter. `fanout` is the id of the ring's PACKET_FANOUT
-    group, None to found one; the id is returned. The group spreads flows over workers by hash, and is also
-    what makes the kernel put fragments together. OSError as the kernel says it.
+    group, None to found one; the id is returned. The group is what makes the kernel put fragments together;
+    `shared` between workers it spreads flows by hash, which costs a look into each packet. OSError as the
+    kernel says it.
     """
     sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
     try:
@@ -76,14 +76,14 @@ def open_ring(ifindex: int, slots: int, slot: int, fanout: int | None) -> tuple[
         request = struct.pack("=IIII", block, slots * slot // block, slot, slots)  # struct tpacket_req
         sock.setsockopt(SOL_PACKET, PACKET_RX_RING, request)
         sock.bind((socket.if_indextoname(ifindex), ETH_P_ALL))
-        return sock, _join_fanout(sock, fanout)
+        return sock, _join_fanout(sock, fanout, PACKET_FANOUT_HASH if shared else PACKET_FANOUT_CPU)
     except BaseException:
         sock.close()
         raise
 
 
-def _join_fanout(sock: socket.socket, fanout: int | None) -> int:
-    flags = PACKET_FANOUT_HASH | PACKET_FANOUT_FLAG_DEFRAG
+def _join_fanout(sock: socket.socket, fanout: int | None, kind: int) -> int:
+    flags = kind | PACKET_FANOUT_FLAG_DEFRAG
     if fanout is None:
         flags |= PACKET_FANOUT_FLAG_UNIQUEID
     sock.setsockopt(SOL_PACKET, PACKET_FANOUT, ((fanout or 0) | flags << 16).to_bytes(4, "little"))

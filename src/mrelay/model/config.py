@@ -98,7 +98,7 @@ class RelaySettings(Table):
     gro: Annotated[Literal["auto"] | bool, PlainValidator(_gro)] = "auto"
     socket_mode: Annotated[str, PlainValidator(_socket_mode)] = "0660"
     socket_group: Annotated[str | None, PlainValidator(_socket_group)] = None
-    flow_limit: Annotated[int, PlainValidator(whole(1, 1 << 24, "a number of flows such as 65536"))] = 65536
+    flow_limit: Annotated[int, PlainValidator(whole(1, 1 << 20, "a number of flows such as 65536"))] = 65536
     ring_slots: Annotated[int, PlainValidator(_ring_slots)] = 8192
 
 

@@ -50,7 +50,7 @@ NOWHERE = Route((), (), ())
 
 def address_text(family: int, address: int) -> str:
     """An integer address as text."""
-    if family == 4:  # noqa: PLR2004
+    if family == 4:
         return str(ipaddress.IPv4Address(address))
     return str(ipaddress.IPv6Address(address))
 

@@ -94,13 +94,13 @@ class Resources:
         _interface(what.ifindex)
         _require(what.slots in _SLOTS, f"{what.slots} slots: not a power of two from 256 to 65536")
         _require(self.workers > 0, "no worker was started yet")
-        shapes = ((what.slots, packet.SLOT), (packet.long_slots(what.slots), packet.LONG_SLOT))
+        shapes = ((what.slots, packet.SLOT), (packet.LONG_SLOTS, packet.LONG_SLOT))
         rings: list[list[socket.socket]] = [[] for _ in range(self.workers)]
         try:
             for slots, size in shapes:
                 fanout: int | None = None
                 for mine in rings:
-                    ring, fanout = packet.open_ring(what.ifindex, slots, size, fanout)
+                    ring, fanout = packet.open_ring(what.ifindex, slots, size, fanout, shared=self.workers > 1)
                     mine.append(ring)
         except BaseException:
             for several in rings:

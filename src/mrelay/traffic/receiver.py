@@ -78,12 +78,13 @@ class Receiver:
         every: float,
         on_progress: Callable[["Receiver"], None],
     ) -> None:
-        """Receive until `seconds` have passed, `count` datagrams came or `stop`."""
+        """Receive until `seconds` have passed, `count` datagrams came or are known lost, or `stop`."""
         start = time.monotonic()
         end, report_at = start + (math.inf if seconds is None else seconds), start + every
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
-        while not stop.requested and (now := time.monotonic()) < end and self.received < (count or math.inf):
+        goal = math.inf if count is None else count
+        while not stop.requested and (now := time.monotonic()) < end and self.received + self.lost < goal:
             if poll.poll(min(_POLL_MS, math.ceil((end - now) * 1000) if seconds is not None else _POLL_MS)):
                 time.sleep(_GATHER)
                 self.drain()

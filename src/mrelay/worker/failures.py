@@ -6,7 +6,7 @@ Owns the rule for both. Called by both paths, only when a send failed, so it may
 import errno
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -20,13 +20,14 @@ EXPIRED = errno.ETIME  # our own sign for "the TTL ran out"
 
 
 class Failures:
-    """Books failed sends against the shared counters, which the flow was already counted in as forwarded."""
+    """Books failed sends, whose datagrams the flow was already counted with; `fold` is FlowTable.fold_flow."""
 
-    def __init__(self, counters: Counters) -> None:
-        self._counters = counters
+    def __init__(self, counters: Counters, fold: Callable[[Flow], None]) -> None:
+        self._counters, self._fold = counters, fold
 
     def record(self, flow: Flow, count: int, octets: int, failed: Sequence[tuple[Entry, int, int]]) -> None:
         """`count` datagrams of `octets` bytes went out, but for `failed`: (entry, how many, errno)."""
+        self._fold(flow)  # so that what is taken off below is there
         for entry, lost, _ in failed:
             self._book_output(flow, entry, lost, octets * lost // count)
         everywhere = min(lost for _, lost, _ in failed) if len(failed) == len(flow.entries) else 0
@@ -37,7 +38,6 @@ class Failures:
             _warn(flow, failed[-1])
 
     def _book_output(self, flow: Flow, entry: Entry, lost: int, octets: int) -> None:
-        # Unsigned arithmetic wraps: the flow's own count, folded in later, makes the sum right again.
         took = np.array([lost, octets], np.uint64)
         for link in flow.route.links[flow.entries.index(entry)]:
             self._counters.links[:2, link] -= took

@@ -267,6 +267,10 @@ class FlowTable:
             if flow is not None:
                 self._fold_flow(slot, flow)
 
+    def fold_flow(self, flow: Flow) -> None:
+        """The same for one flow."""
+        self._fold_flow(self.index[flow.key], flow)
+
     def _fold_flow(self, slot: int, flow: Flow) -> None:
         counters = self.counters
         fresh = counters.flows[:, slot] - counters.folded[:, slot]

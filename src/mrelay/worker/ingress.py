@@ -17,13 +17,13 @@ from mrelay.kernel.cbpf import SKF_NET_OFF, attach_group_filter, only_longer
 from mrelay.kernel.packet import (
     L3_OFFSET,
     LONG_SLOT,
+    LONG_SLOTS,
     SHORT,
     SLOT,
     TP_STATUS_USER,
     TPACKET2_HDR,
     VIRTIO_NET_HDR,
     VIRTIO_NET_HDR_GSO_UDP_L4,
-    long_slots,
     map_ring,
     ring_drops,
 )
@@ -143,7 +143,7 @@ class Ingress:
     def __init__(self, socks: list[socket.socket], ifindex: int, slots: int, *, used: bool) -> None:
         self.ifindex = ifindex
         self.short = Ring(socks[0], ifindex, slots, SLOT, used=used)
-        self.long = Ring(socks[1], ifindex, long_slots(slots), LONG_SLOT, used=used)
+        self.long = Ring(socks[1], ifindex, LONG_SLOTS, LONG_SLOT, used=used)
         self.rings = (self.short, self.long)
         self._ranges: tuple[Ranges, Ranges] = [], []
         # An absolute offset also reads headers that are not in the buffer's linear part; SKF_NET_OFF does not.

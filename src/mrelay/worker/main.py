@@ -59,7 +59,7 @@ class Worker:
         self.counters = Counters(fds[1], setup.flow_limit, write=True)
         self.rules, self.egress = RuleSet(), Egress()
         self.table = FlowTable(self.counters, setup.flow_limit, self.rules, self.egress)
-        failures = Failures(self.counters)
+        failures = Failures(self.counters, self.table.fold_flow)
         self.scalar = ScalarPath(self.counters, self.table, failures)
         self.vector = VectorPath(self.counters, self.table, failures, sender)
         self.ingress: dict[int, Ingress] = {}

@@ -42,25 +42,21 @@ class ScalarPath:
         self._verdict, self._last = table.verdict.data, table.last.data
 
     def forward(self, ring: Ring, count: int) -> None:
-        table, view, received, matched = self.table, ring.view, 0, 0
+        table, view, totals = self.table, ring.view, self._totals
         for key, start, length, hop, segment in self._read(ring, count):
             datagrams = -(-length // segment) if segment else 1
-            received += datagrams
             place = table.find(key)
             verdict = self._verdict[place] if place >= 0 else RATE_LIMITED
             flow = table.flows[place]
             if verdict != FORWARD or flow is None:
                 self._drop(verdict, datagrams)
-                received -= datagrams
                 continue
-            matched += datagrams
+            totals[RECEIVED] += datagrams
+            totals[MATCHED] += datagrams
             self._packets[place] += datagrams
             self._bytes[place] += length
             self._last[place] = table.now
             self._send(flow, view[start : start + length], segment if datagrams > 1 else 0, datagrams, hop)
-        self._totals[RECEIVED] += received
-        # A failed send has already taken its datagrams off again.
-        self._totals[MATCHED] = (self._totals[MATCHED] + matched) & _U64
 
     def _read(self, ring: Ring, count: int) -> Iterator[tuple[Key, int, int, int, int]]:
         """(flow key, payload's start, its length, TTL << 8 | TOS, segment size or 0) of each good frame."""
@@ -127,6 +123,3 @@ class ScalarPath:
         else:
             control = [segment_control(segment)] if segment else []
             flow.settle((hop, segment, self.table.egress.generation), control)
-
-
-_U64: Final = (1 << 64) - 1
