@@ -40,7 +40,7 @@ from mrelay.model.ruleset import RuleSet
 from mrelay.worker.egress import Egress
 from mrelay.worker.failures import Failures
 from mrelay.worker.flows import FlowTable
-from mrelay.worker.ingress import Ingress
+from mrelay.worker.ingress import Ingress, Ring
 from mrelay.worker.messages import Sender, best_sender
 from mrelay.worker.scalar import ScalarPath
 from mrelay.worker.vector import MAX_BATCH, VectorPath
@@ -48,6 +48,7 @@ from mrelay.worker.vector import MAX_BATCH, VectorPath
 log = logging.getLogger("mrelay.worker")
 
 SCALAR_MOST: Final = 32  # frames: up to here one by one is faster than a batch's fixed cost (D33)
+_ENOUGH: Final = 1024  # frames: a batch that is worth its fixed cost many times over (D33)
 _ROUNDS: Final = 16  # batches of one ring before the others, and the channels, get their turn
 
 
@@ -198,21 +199,26 @@ class Worker:
 
     def _forward(self, ingress: Ingress) -> None:
         """What waits in an interface's rings, a batch at a time."""
-        waited = True
+        yielded = False
         for _ in range(_ROUNDS):
             runs = ingress.ready(MAX_BATCH)
-            if not runs:
-                if waited:
-                    return
-                waited = True
-                os.sched_yield()
+            if not yielded and not self._worth_it(runs):
+                os.sched_yield()  # to the kernel's receive thread, if it wants this core: no wait if it does not
+                yielded = True
                 continue
-            waited = False
+            if not runs:
+                return
+            yielded = False
             self.table.now += 1
             for ring, count in runs:
                 path = self.scalar if count <= SCALAR_MOST or ring is ingress.long else self.vector
                 path.forward(ring, count)
                 ring.release(count)
+
+    def _worth_it(self, runs: list[tuple[Ring, int]]) -> bool:
+        """Few frames are sent at once, for latency; many make long runs; what lies between can grow first."""
+        count = sum(count for _, count in runs)
+        return 0 < count <= SCALAR_MOST or count >= _ENOUGH
 
     # ---- the loop --------------------------------------------------------------------------
 
