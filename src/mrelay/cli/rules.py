@@ -128,12 +128,14 @@ def _rules_table(answer: dict[str, Any]) -> RenderableType:
 
 
 def _rule_rows(rule: dict[str, Any]) -> list[list[str]]:
-    """A row for each output: beside the first the rule's own state, else the output's when it is not up."""
-    first, *others = rule["outputs"]
-    rows = [[rule["name"], rule["from"], first["to"], rule["state"]]]
-    for other in others:
-        rows.append(["", "", other["to"], "" if other["state"] == "up" else other["state"]])
-    return rows
+    """The rule's own state, then each output's; one row does for a single output."""
+    outputs = rule["outputs"]
+    if len(outputs) == 1:
+        return [[rule["name"], rule["from"], outputs[0]["to"], rule["state"]]]
+    return [
+        [rule["name"], rule["from"], "", rule["state"]],
+        *(["", "", output["to"], output["state"]] for output in outputs),
+    ]
 
 
 def _print_difference(

@@ -389,4 +389,10 @@ def main() -> int:
     if lacking:
         log.error("mrelay run lacks %s: run it as root (sudo mrelay run …)", ", ".join(lacking))
         return EX_NOPERM
-    return Supervisor(json.loads(sys.argv[1])).main()
+    options = json.loads(sys.argv[1])
+    try:
+        _clear_path(options["socket"])  # before a second relay sends anything twice
+    except (Refused, OSError) as error:
+        log.error("cannot start: %s: %s", error, getattr(error, "remedy", "choose another path with --socket"))
+        return 1
+    return Supervisor(options).main()
