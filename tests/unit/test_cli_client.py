@@ -140,7 +140,8 @@ def test_rule_list_shows_the_state_of_rules_and_outputs(run: Run, relay: FakeRel
     lines = [" ".join(line.split()) for line in run("rule", "list").out.splitlines()]
     assert lines == [
         "RULE FROM TO STATE",
-        "studio-a eth0:239.1.1.1:5000 eth1:239.2.2.2:6000 up",
+        "studio-a eth0:239.1.1.1:5000 up",
+        "eth1:239.2.2.2:6000 up",
         "wg0:[fd00::2]:6000,ttl=8 waiting: no interface wg0",
         "b eth0:239.1.1.2:5000 eth1:239.2.2.3:6000 waiting: no interface eth0",
     ]
