@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--rounds", type=int, default=3, help="times everything is measured (default %(default)s)")
     add("--seconds", type=float, default=3.0, help="of load for each measurement (default %(default)s)")
-    add("--pps", type=float, default=1.2e6, help="packets offered a second (default %(default)g)")
+    add("--pps", type=float, default=2e6, help="packets offered a second (default %(default)g)")
     add("--outputs", type=int, nargs="+", default=[1, 4], metavar="N", help="default: 1 4")
     add("--flows", nargs="+", choices=("one", "interleaved"), default=["one", "interleaved"])
     add("--rule-per-flow", action="store_true", help="interleaved: 200 mrelay rules instead of one prefix")
