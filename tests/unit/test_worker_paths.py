@@ -286,3 +286,18 @@ def test_lookup_finds_every_installed_key(monkeypatch: pytest.MonkeyPatch) -> No
         assert one.table.lookup(list(words)).tolist() == slots
         words[4] = words[4] + np.uint64(1)
         assert (one.table.lookup(list(words)) == -1).all()
+
+
+def test_a_batch_with_more_flows_than_the_table_holds_sends_nothing_astray(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rules = [rule(n, f"239.1.1.{n}/32", [n % 3]) for n in range(200)]
+    with rig(monkeypatch, rules, 3, vector=True) as one:
+        for n in range(200):
+            one.ring.put(udp_v4(bytes([n]), f"239.1.1.{n}"))
+        one.forward(200)
+        for output, sent in one.sent.items():
+            assert {payload[0] % 3 for payload in sent} == {output}
+        assert one.counters.received == 200
+        assert one.counters.matched == sum(len(sent) for sent in one.sent.values()) > 0
+        assert one.counters.matched + int(one.counters.drops.sum()) == 200

@@ -129,12 +129,16 @@ class FlowTable:
 
     def _probe(self, place: NDArray[np.int64], words: list[U64 | None]) -> I32:
         slots: I32 = self._slots[place & (len(self._slots) - 1)]
-        same = slots >= 0
+        slots[~self.holds(slots, words)] = -1
+        return slots
+
+    def holds(self, slots: I32, words: list[U64 | None]) -> NDArray[np.bool_]:
+        """Whether each slot (-1: none) is the flow of its key, as for `lookup`."""
+        same: NDArray[np.bool_] = slots >= 0
         for row, word in zip(self.counters.keys, words, strict=True):
             if word is not None:  # the last word tells IPv4 from IPv6, so zeros need no look
                 same &= row[slots] == word
-        slots[~same] = -1
-        return slots
+        return same
 
     # ---- misses ----------------------------------------------------------------------------
 

@@ -102,8 +102,12 @@ class VectorPath:
     def _look_up(self, batch: Batch) -> I32:
         """Each row's flow; misses are resolved and installed, in order of arrival."""
         flow = self.table.lookup(batch.words)
-        for row in np.flatnonzero((flow < 0) & (batch.verdict == FORWARD)).tolist():
+        misses = np.flatnonzero((flow < 0) & (batch.verdict == FORWARD))
+        for row in misses.tolist():
             flow[row] = self.table.find(batch.key(row))
+        if len(misses):
+            # An install in a full table takes a flow out, which a row before may have found.
+            flow[~self.table.holds(flow, batch.words)] = -1
         fine = batch.verdict == FORWARD
         found = np.where(flow >= 0, self.table.verdict[flow], np.int8(RATE_LIMITED))
         batch.verdict[fine] = found[fine]
