@@ -1,6 +1,9 @@
 """Starting: bad files, missing interfaces, a taken socket, a host without io_uring."""
 
+import contextlib
+import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -161,3 +164,20 @@ def test_uring_is_used_where_there_is_one(lab: Lab) -> None:
         pytest.skip("io_uring is disabled (kernel.io_uring_disabled)")
     with Relay(star.relay, CONFIG, arguments=["--engine", "uring"]) as relay:
         assert {worker["egress"] for worker in relay.workers()} == {"io_uring"}
+
+
+def test_more_signals_while_it_stops_change_nothing(lab: Lab) -> None:
+    star = lab.star()
+    relay = Relay(star.relay, rule("a", "in0:239.1.1.1:5000", "out0:239.2.2.2:6000")).start()
+    try:
+        relay.wait_ready()
+        assert relay.process is not None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+            with contextlib.suppress(subprocess.TimeoutExpired, ProcessLookupError):
+                relay.signal(number)
+                relay.process.wait(0.1)
+        assert relay.process.wait(10) == 0
+        assert "Traceback" not in relay.stderr
+        assert "ignored" not in relay.stderr
+    finally:
+        relay.close()

@@ -229,10 +229,11 @@ class Supervisor:
 
     def run(self) -> None:
         """Until SIGTERM or SIGINT."""
-        wakeup, signals = socket.socketpair()
+        # Kept to the very end: a second signal may come while we stop.
+        self._signals = wakeup, signals = socket.socketpair()
         for sock in (wakeup, signals):
             sock.setblocking(False)
-        signal.set_wakeup_fd(signals.fileno())
+        signal.set_wakeup_fd(signals.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, _noted)
         self._selector.register(wakeup, selectors.EVENT_READ, None)
