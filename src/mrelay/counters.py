@@ -33,13 +33,25 @@ DROP_REASONS: Final = (
     "rate_limited",
     "loop",
     "no_output",  # a rule takes it, but none of the rule's outputs is open
+    "miss_limited",  # a flow not in the table, when such come faster than they may
 )
 NO_RULE, NOT_UDP, MALFORMED, TRUNCATED, FRAGMENT, TTL_EXPIRED, TOO_BIG = range(7)
-NO_NEIGHBOUR, TX_ERROR, RING_FULL, RATE_LIMITED, LOOP, NO_OUTPUT = range(7, 13)
+NO_NEIGHBOUR, TX_ERROR, RING_FULL, RATE_LIMITED, LOOP, NO_OUTPUT, MISS_LIMITED = range(7, 14)
 
 RECEIVED, MATCHED = range(2)
 
 U64 = NDArray[np.uint64]
+
+
+def sound_keys(keys: U64) -> NDArray[np.bool_]:
+    """Which of the keys u64[5, n] a flow can have: IPv4 or IPv6, with addresses that fit.
+
+    A worker that was taken over, or ended in the middle of a write, may have left others.
+    """
+    family = keys[4] >> np.uint64(32) & np.uint64(0xFF)
+    narrow = (keys[0] | keys[2] | keys[1] >> np.uint64(32) | keys[3] >> np.uint64(32)) == 0
+    sound: NDArray[np.bool_] = (family == 6) | (family == 4) & narrow
+    return sound
 
 
 class Counters:
@@ -67,6 +79,10 @@ class Counters:
         self.keys, self.flows, self.folded, self.rules, self.links = blocks
         if write:
             words[0], words[1] = MAGIC, flow_limit
+
+    def balance(self) -> None:
+        """For a worker that takes over: what was received and not booked is still in the ring, and comes again."""
+        self.totals[RECEIVED] = self.totals[MATCHED] + self.drops.sum()
 
     @property
     def received(self) -> int:

@@ -75,10 +75,9 @@ class OpenEgress:
 
 @dataclass(frozen=True, slots=True)
 class SetGro:
-    """UDP GRO forwarding on `ifindex`; releasing it puts back what was there."""
+    """UDP GRO forwarding on `ifindex`, whatever its name; releasing it puts back what was there."""
 
     ifindex: int
-    ifname: str
 
 
 Resource = OpenIngress | JoinGroup | HoldUnicast | OpenEgress | SetGro
@@ -102,7 +101,7 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Listen:
-    """Control to supervisor: the API socket, with this file mode and group. The descriptor comes with Done."""
+    """Control to supervisor: the API socket, with this file mode and group. Answered by Listening or Failed."""
 
     id: int
     mode: int
@@ -120,9 +119,24 @@ class StartWorkers:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Control to supervisor: every rule that can be up is up."""
+    """Control to supervisor: every rule that can be up is up; also when a reload is over, whatever came of it."""
 
     status: str
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Control to supervisor: the line for the service manager changed."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class LogLevel:
+    """Control to supervisor, and supervisor to worker: `role` (logs.ROLES) logs from `level` (logs.LEVELS) on."""
+
+    role: str
+    level: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +144,15 @@ class Done:
     """Supervisor to control: request `id` is carried out."""
 
     id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """Supervisor to control: Listen `id` is carried out; the descriptor comes along. Whose its file is."""
+
+    id: int
+    uid: int
+    gid: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +203,13 @@ class WorkerUp:
 
 @dataclass(frozen=True, slots=True)
 class WorkerDown:
-    """A worker ended; another is on its way."""
+    """A worker ended; another is started in `delay` seconds. `trouble`: why it keeps ending, or is not started."""
 
     worker: int
     restarts: int
     reason: str
+    trouble: str
+    delay: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +280,9 @@ class RuleOutput:
 class PutRule:
     """Control to worker: add or replace the rule of counter slot `rule`, from the next Commit on.
 
-    Addresses are integers in closed ranges; `vlan` 0 means untagged; `family` is 4 or 6.
+    Addresses are integers in closed ranges; `vlan` 0 means untagged; `family` is 4 or 6. `pps` datagrams and
+    `bps` bits of payload are what it passes in a second, 0 meaning all. A flow from an address in `own` is our
+    own stream come back.
     """
 
     rule: int
@@ -268,6 +295,9 @@ class PutRule:
     port_high: int
     source_low: int
     source_high: int
+    pps: int
+    bps: int
+    own: tuple[int, ...]
     outputs: tuple[RuleOutput, ...]
 
 
@@ -280,17 +310,22 @@ class DropRule:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Control to worker: the PutRule and DropRule since the last Commit take effect together now."""
+    """Control to worker: the PutRule and DropRule since the last Commit take effect together now.
+
+    `whole`: they are all the rules there are; any other is dropped.
+    """
 
     generation: int
+    whole: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """Worker to control: generation in force; `egress` is "io_uring" or "sendmmsg"."""
+    """Worker to control: generation in force; `egress` is "io_uring" or "sendmmsg"; `digest` as in Synced."""
 
     generation: int
     egress: str
+    digest: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,14 +337,22 @@ class Sync:
 
 @dataclass(frozen=True, slots=True)
 class Synced:
-    """Worker to control: they are, as of now."""
+    """Worker to control: they are, as of now.
+
+    `digest`: of the rules in force (model.ruleset.RuleSet.digest), those of Commit `generation`, which is 0 when
+    this control has sent none yet.
+    """
 
     id: int
+    generation: int
+    digest: int
 
 
 Message = (
-    Grant | Release | Listen | StartWorkers | Ready | Done | Failed | Setup | Held | WorkerUp | WorkerDown
-    | Reload | WorkerSetup | Granted | Revoked | Stop | PutRule | DropRule | Commit | Committed | Sync | Synced
+    Status | LogLevel
+    | Grant | Release | Listen | StartWorkers | Ready | Done | Listening | Failed | Setup | Held | WorkerUp
+    | WorkerDown | Reload | WorkerSetup | Granted | Revoked | Stop | PutRule | DropRule | Commit | Committed
+    | Sync | Synced
 )  # fmt: skip
 
 _CLASSES: Final[dict[str, type]] = {
@@ -382,10 +425,14 @@ def _from_table(value: Any, cls: Any) -> Any:
 
 
 class Channel:
-    """One end of a SOCK_SEQPACKET pair. Owns its socket."""
+    """One end of a SOCK_SEQPACKET pair. Owns its socket.
 
-    def __init__(self, sock: socket.socket) -> None:
+    With `takes_fds` false a message that carries descriptors is a BadMessage, and none is ever ours.
+    """
+
+    def __init__(self, sock: socket.socket, *, takes_fds: bool = True) -> None:
         self.sock = sock
+        self._room = socket.CMSG_SPACE(MAX_FDS * 4) if takes_fds else 0
         try:  # room for every message of a start-up at once; only the supervisor may exceed the sysctl
             sock.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 16 << 20)
         except PermissionError:
@@ -404,10 +451,9 @@ class Channel:
 
         BlockingIOError when there is none on a non-blocking channel. BadMessage closes its descriptors.
         """
-        room = socket.CMSG_SPACE(MAX_FDS * 4)
-        data, ancillary, flags, _ = self.sock.recvmsg(MAX_MESSAGE, room, socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, flags, _ = self.sock.recvmsg(MAX_MESSAGE, self._room, socket.MSG_CMSG_CLOEXEC)
         fds = _unpack_fds(ancillary)
-        if not data:
+        if not data and not fds and not flags & socket.MSG_CTRUNC:
             return None
         try:
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):

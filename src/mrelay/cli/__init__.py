@@ -104,6 +104,14 @@ COMMANDS: Final = (
         ("mrelay save", "mrelay save /etc/mrelay/relay.toml"),
     ),
     Command(
+        "log",
+        "mrelay.cli.log:log",
+        CHANGE,
+        "Show or change what the running relay logs.\n\n"
+        "Without LEVEL the levels are printed. A change holds until the relay stops.",
+        ("mrelay log", "mrelay log debug --role control", "mrelay log info"),
+    ),
+    Command(
         "send",
         "mrelay.cli.traffic:send",
         TEST,

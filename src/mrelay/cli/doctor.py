@@ -19,6 +19,7 @@ from mrelay.cli.client import Client
 from mrelay.cli.failure import FAILED, NOT_PERMITTED, Failure
 from mrelay.cli.options import DEFAULT_SOCKET, AsJson, Socket
 from mrelay.kernel import caps, ethtool
+from mrelay.supervisor.host import CONTROL_USER, WORKER_USER
 
 Verdict = Literal["ok", "warn", "bad"]
 GRO: Final = "rx-udp-gro-forwarding"
@@ -128,6 +129,31 @@ def _capabilities() -> Iterator[Finding]:
         yield Finding("capabilities", "ok", "all that a relay needs")
 
 
+def _confinement() -> Iterator[Finding]:
+    if not host.seccomp_available():
+        why = "control and workers do not start without their system call filters"
+        remedy = "use a kernel built with CONFIG_SECCOMP_FILTER=y, on x86_64 or aarch64"
+        yield Finding("seccomp", "bad", "not usable", why, remedy)
+    else:
+        yield Finding("seccomp", "ok", "usable")
+    version = host.landlock_abi()
+    if version == 0:
+        why = "a control that was taken over could read what every user may read"
+        yield Finding("landlock", "warn", "not usable", why, "boot with landlock in the kernel's lsm= list")
+    else:
+        yield Finding("landlock", "ok", f"usable, ABI {version}")
+
+
+def _users() -> Iterator[Finding]:
+    absent = [name for name in (CONTROL_USER, WORKER_USER) if not host.user_exists(name)]
+    if not absent:
+        yield Finding("users", "ok", f"{CONTROL_USER} and {WORKER_USER}")
+        return
+    why = "control and workers share one user with each other, or with others on this host"
+    remedy = "; ".join(f"useradd --system --shell /usr/sbin/nologin {name}" for name in absent)
+    yield Finding("users", "warn", f"no user {', '.join(absent)}", why, remedy)
+
+
 def _memberships() -> Iterator[Finding]:
     for name, default in (("net.ipv4.igmp_max_memberships", 20), ("net.ipv4.igmp_max_msf", 10)):
         value = host.sysctl(name)
@@ -218,7 +244,8 @@ def _relay(answer: dict[str, Any] | Failure) -> Iterator[Finding]:
         yield Finding("relay", "warn" if denied else "ok", "not asked", "; ".join(answer.lines))
         return
     egress, state = answer["egress"], "ready" if answer["ready"] else "starting"
-    said = f"{answer['version']} is {state}, engine {answer['engine']}, egress {egress}"
+    landlock = f"Landlock ABI {answer['landlock']}" if answer["landlock"] else "no Landlock"
+    said = f"{answer['version']} is {state}, engine {answer['engine']}, egress {egress}, seccomp and {landlock}"
     if egress == "sendmmsg":
         why = "its workers send without io_uring: works, costs more CPU"
         yield Finding("relay", "warn", said, why, "see io_uring above, then systemctl restart mrelay")
@@ -230,6 +257,8 @@ _LOOKS: Final[tuple[Callable[[], Iterator[Finding]], ...]] = (
     _kernel,
     _io_uring,
     _capabilities,
+    _confinement,
+    _users,
     _memberships,
     _rmem,
     _rp_filter,

@@ -7,10 +7,13 @@ nothing blocks.
 import ctypes
 import errno
 import os
+import pwd
 import socket
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Final
+
+from mrelay.kernel import landlock, seccomp
 
 # linux/if.h
 IFF_UP: Final = 0x1
@@ -98,6 +101,25 @@ def _io_uring_setup(flags: int) -> int:
         return ctypes.get_errno()
     os.close(descriptor)
     return 0
+
+
+def landlock_abi() -> int:
+    """The version of Landlock here; 0 for none."""
+    return landlock.abi()
+
+
+def seccomp_available() -> bool:
+    """Whether control and workers can be given their filters."""
+    return seccomp.available()
+
+
+def user_exists(name: str) -> bool:
+    """Whether this host has a user of this name."""
+    try:
+        pwd.getpwnam(name)
+    except KeyError:
+        return False
+    return True
 
 
 def capability_set(field: str) -> int:

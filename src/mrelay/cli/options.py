@@ -1,11 +1,13 @@
 """Options that several commands share, so that each has one name, one help text and one default."""
 
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 from cyclopts import Parameter, validators
 
 DEFAULT_SOCKET: Final = Path("/run/mrelay/control.sock")
+
+Level = Literal["debug", "info", "warning", "error", "critical"]  # logs.LEVELS
 
 Socket = Annotated[
     Path,

@@ -35,12 +35,15 @@ def add(
     ],
     link_local: Annotated[bool, Parameter(help="Allow groups of 224.0.0.0/24 and ff02::/16.")] = False,
     allow_loop: Annotated[bool, Parameter(help="Allow an output that comes back to an input.")] = False,
+    rate: Annotated[
+        str | None, Parameter(help="Pass at most this on each worker: 10kpps, 50Mbit/s, or both with a comma.")
+    ] = None,
     as_json: AsJson = False,
     socket: Socket = DEFAULT_SOCKET,
 ) -> None:
     """POST the rule and say what state it is in."""
     allowed = {key: True for key, on in {"link_local": link_local, "allow_loop": allow_loop}.items() if on}
-    table = {"name": name, "from": from_, "to": list(to), **allowed}
+    table = {"name": name, "from": from_, "to": list(to), **allowed, **({"rate": rate} if rate else {})}
     rule = Client(socket).request("POST", "/v1/rules", table)
     if as_json:
         output.print_json(rule)
@@ -117,7 +120,7 @@ def _parse(text: str, file: Path) -> "Config":
 def _table_of(rule: dict[str, Any]) -> dict[str, Any]:
     """The rule as an operator would write it, from what the API lists."""
     table = {key: rule[key] for key in ("name", "from", "to")}
-    return table | {key: True for key in ("link_local", "allow_loop") if rule.get(key)}
+    return table | {key: rule[key] for key in ("link_local", "allow_loop", "rate") if rule.get(key)}
 
 
 def _rules_table(answer: dict[str, Any]) -> RenderableType:
@@ -127,13 +130,17 @@ def _rules_table(answer: dict[str, Any]) -> RenderableType:
     return output.table(("RULE", "FROM", "TO", "STATE"), rows)
 
 
+def _from(rule: dict[str, Any]) -> str:
+    return f"{rule['from']} at most {rule['rate']}" if rule.get("rate") else str(rule["from"])
+
+
 def _rule_rows(rule: dict[str, Any]) -> list[list[str]]:
     """The rule's own state, then each output's; one row does for a single output."""
     outputs = rule["outputs"]
     if len(outputs) == 1:
-        return [[rule["name"], rule["from"], outputs[0]["to"], rule["state"]]]
+        return [[rule["name"], _from(rule), outputs[0]["to"], rule["state"]]]
     return [
-        [rule["name"], rule["from"], "", rule["state"]],
+        [rule["name"], _from(rule), "", rule["state"]],
         *(["", "", output["to"], output["state"]] for output in outputs),
     ]
 
@@ -159,7 +166,8 @@ def _line(name: str, rules: dict[str, dict[str, Any]]) -> str:
         return ""
     rule = rules[name]
     allowed = "".join(f" {key}" for key in ("link_local", "allow_loop") if rule.get(key))
-    return f"{rule['from']} -> {'  '.join(rule['to'])}{allowed}"
+    rate = f" rate {rule['rate']}" if rule.get("rate") else ""
+    return f"{rule['from']} -> {'  '.join(rule['to'])}{allowed}{rate}"
 
 
 def _mention_settings(config: "Config") -> None:

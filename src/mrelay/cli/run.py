@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal, NoReturn
 from cyclopts import Parameter
 
 from mrelay.cli.failure import BAD_CONFIG, Failure
-from mrelay.cli.options import DEFAULT_SOCKET, Socket
+from mrelay.cli.options import DEFAULT_SOCKET, Level, Socket
 
 DEFAULT_STATE_DIR: Final = Path("/var/lib/mrelay")
 
@@ -54,8 +54,19 @@ def run(
         Path, Parameter(metavar="DIR", help="Where the relay keeps its state over a restart.")
     ] = DEFAULT_STATE_DIR,
     user: Annotated[
-        str | None, Parameter(metavar="NAME", help="The user that everything but the supervisor runs as.")
+        str | None,
+        Parameter(metavar="NAME", help="The user that control runs as; none: mrelay, or else nobody."),
     ] = None,
+    worker_user: Annotated[
+        str | None,
+        Parameter(metavar="NAME", help="The user that workers run as; none: mrelay-worker, or else control's."),
+    ] = None,
+    log_format: Annotated[
+        Literal["text", "json"], Parameter(help="Lines for people, or a JSON object a line.")
+    ] = "text",
+    log_level: Annotated[
+        Level, Parameter(help="What is logged; 'mrelay log' changes it while the relay runs.")
+    ] = "info",
 ) -> NoReturn:
     """Become the supervisor, with these settings as its one JSON argument."""
     if config is not None and not config.exists():
@@ -67,7 +78,10 @@ def run(
         "socket": str(socket.absolute()),
         "state_dir": str(state_dir.absolute()),
         "user": user,
+        "worker_user": worker_user,
+        "log_format": log_format,
+        "log_level": log_level,
     }
     sys.stdout.flush()
-    command = [sys.executable, "-m", "mrelay.supervisor", json.dumps(settings)]
+    command = [sys.executable, "-P", "-m", "mrelay.supervisor", json.dumps(settings)]
     os.execv(sys.executable, command)  # noqa: S606  no shell is what is wanted

@@ -16,7 +16,9 @@ _FLOW_COLUMNS: Final = (
     *("PACKETS", "PACKETS/S", "BITRATE", "WORKER", "ENGINE"),
 )
 _FLOW_NUMBERS: Final = ("VLAN", "PORT", "PACKETS", "PACKETS/S", "BITRATE", "WORKER")
-_WORKER_COLUMNS: Final = ("WORKER", "CORE", "PID", "STATE", "RESTARTS", "EGRESS", "FLOWS", "RECEIVED", "CPU")
+_WORKER_COLUMNS: Final = (
+    *("WORKER", "CORE", "PID", "STATE", "RESTARTS", "REPAIRS", "EGRESS", "FLOWS", "RECEIVED", "CPU"),
+)
 
 
 def flows(
@@ -80,12 +82,12 @@ def _stats_view(answer: dict[str, Any]) -> RenderableType:
 def _rules_table(rules: list[dict[str, Any]]) -> RenderableType:
     rows = []
     for rule in rules:
-        rows.append([rule["name"], "", *_traffic(rule), ""])
+        rows.append([rule["name"], "", *_traffic(rule), "", ""])
         for to in rule["outputs"]:
             counts = [output.count(to["packets"]), output.scaled(to["bytes"], "B"), "", ""]
-            rows.append(["", to["to"], *counts, output.count(to["errors"])])
-    columns = ("RULE", "OUTPUT", "PACKETS", "BYTES", "PACKETS/S", "BITRATE", "ERRORS")
-    return output.table(columns, rows, right=columns[2:]) if rows else "No rules."
+            rows.append(["", to["to"], *counts, output.count(to["errors"]), to["state"]])
+    columns = ("RULE", "OUTPUT", "PACKETS", "BYTES", "PACKETS/S", "BITRATE", "ERRORS", "STATE")
+    return output.table(columns, rows, right=columns[2:-1]) if rows else "No rules."
 
 
 def _traffic(rule: dict[str, Any]) -> list[str]:
@@ -104,7 +106,7 @@ def _drops_table(drops: dict[str, int]) -> RenderableType:
 
 def _workers_table(answer: dict[str, Any]) -> RenderableType:
     rows = [_worker_row(worker) for worker in answer["workers"]]
-    right = ("WORKER", "CORE", "PID", "RESTARTS", "FLOWS", "RECEIVED", "CPU")
+    right = ("WORKER", "CORE", "PID", "RESTARTS", "REPAIRS", "FLOWS", "RECEIVED", "CPU")
     return output.table(_WORKER_COLUMNS, rows, right=right) if rows else "No workers."
 
 
@@ -115,6 +117,7 @@ def _worker_row(worker: dict[str, Any]) -> list[str]:
         "-" if worker["pid"] is None else str(worker["pid"]),
         worker["state"],
         str(worker["restarts"]),
+        str(worker["repairs"]),
         worker["egress"] or "-",
         output.count(worker["flows"]),
         output.count(worker["received"]),

@@ -1,7 +1,7 @@
 """The HTTP API: JSON on the Unix socket that the supervisor made.
 
-Owns paths, status codes and the OpenAPI document; what they do is in relay and stats. Handlers run in
-control's event loop and never block it: long answers are made in threads.
+Owns paths, status codes and the OpenAPI document; what they do is in relay and stats, and who may do it in
+peers. Handlers run in control's event loop and never block it: long answers are made in threads.
 """
 
 import asyncio
@@ -16,15 +16,17 @@ from typing import Annotated, Any
 import uvicorn
 from fastapi import Body, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import WithJsonSchema
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from mrelay import __version__
+from mrelay import __version__, logs
 from mrelay.control import views
 from mrelay.control.metrics import exposition
+from mrelay.control.peers import LOOKING, Access, Peer, peer_of
 from mrelay.control.relay import Exists, NoRule, Relay
 from mrelay.model.issue import ConfigError, Issue
 
@@ -33,16 +35,35 @@ log = logging.getLogger(__name__)
 GRACE = 1  # seconds for requests under way when the relay stops
 
 RuleTable = Annotated[dict[str, Any], Body(), WithJsonSchema(views.RULE_SCHEMA)]
+LogTable = Annotated[dict[str, Any], Body(), WithJsonSchema(views.LogLevels.model_json_schema())]
 RulesTable = Annotated[dict[str, Any], Body(), WithJsonSchema(views.RULES_SCHEMA)]
 
 
-def create_app(relay: Relay) -> FastAPI:
-    """The application, serving `relay`."""
+def create_app(relay: Relay, access: Access) -> FastAPI:
+    """The application, serving `relay` to those who have `access`."""
     app = FastAPI(title="mrelay", version=__version__, docs_url=None, redoc_url=None)
     _add_looking(app, relay)
     _add_changing(app, relay)
     _add_errors(app)
+    app.add_middleware(Gate, access=access)
     return app
+
+
+class Gate:
+    """Turns away whoever may only look, but wants to change something: before the request is read."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app, self._access = app, access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = self._app
+        if scope["type"] == "http" and scope["method"] not in LOOKING:
+            peer: Peer = scope["state"]["peer"]
+            if not self._access.may_change(peer):
+                log.warning("refused to %s: %s %.200r", peer, scope["method"], scope["path"])
+                remedy = f"try again as root, or as a member of group {self._access.group}"
+                answer = _error(403, "", "", f"uid {peer.uid} may look, but not change anything", remedy)
+        await answer(scope, receive, send)
 
 
 def _add_looking(app: FastAPI, relay: Relay) -> None:
@@ -71,7 +92,12 @@ def _add_looking(app: FastAPI, relay: Relay) -> None:
         """The worker processes."""
         return _json(await relay.stats.workers())
 
-    @app.get("/metrics")
+    @app.get("/v1/log", response_model=views.LogLevels)
+    async def log_levels() -> Response:
+        """From which level on each role logs."""
+        return _json(logs.levels())
+
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """The counters for Prometheus."""
         stats, workers = await relay.stats.stats(), await relay.stats.workers()
@@ -80,29 +106,42 @@ def _add_looking(app: FastAPI, relay: Relay) -> None:
 
 
 def _add_changing(app: FastAPI, relay: Relay) -> None:
-    refused: dict[int | str, dict[str, Any]] = {422: {"model": views.Errors}, 507: {"model": views.Errors}}
-    absent: dict[int | str, dict[str, Any]] = {404: {"model": views.Errors}, 507: {"model": views.Errors}}
+    errors: dict[str, Any] = {"model": views.Errors}
+    refused: dict[int | str, dict[str, Any]] = {400: errors, 403: errors, 422: errors, 507: errors}  # 400: no JSON
+    absent: dict[int | str, dict[str, Any]] = {403: errors, 404: errors, 507: errors}
 
-    taken = {**refused, 409: {"model": views.Errors}}
+    taken = {**refused, 409: errors}
 
     @app.post("/v1/rules", status_code=201, response_model=views.Rule, responses=taken)
-    async def add(rule: RuleTable) -> Response:
+    async def add(rule: RuleTable, request: Request) -> Response:
         """Add a rule; answered when it is saved and in force."""
-        return _json(await relay.add(rule), 201)
+        added = await relay.add(rule)
+        log.info("rule %s added by %s", added["name"], request.state.peer)
+        return _json(added, 201)
 
     @app.delete("/v1/rules/{name}", status_code=204, responses=absent)
-    async def remove(name: str) -> Response:
+    async def remove(name: str, request: Request) -> Response:
         """Remove a rule; answered when it is no longer in force."""
         await relay.remove(name)
+        log.info("rule %s removed by %s", name, request.state.peer)
         return Response(status_code=204)
 
     @app.put("/v1/rules", response_model=views.Difference, responses=refused)
-    async def apply(rules: RulesTable, dry_run: bool = False) -> Response:
+    async def apply(rules: RulesTable, request: Request, dry_run: bool = False) -> Response:
         """Make the running rules exactly these; what that changes, by name."""
         tables = rules.get("rules")
         if not isinstance(tables, list) or len(rules) != 1:
             raise ConfigError([Issue("", "", "rules", "is not a list of rules", 'send {"rules": […]}')])
-        return _json(await relay.apply(tables, dry_run=dry_run))
+        difference = await relay.apply(tables, dry_run=dry_run)
+        if not dry_run:
+            counts = ", ".join(f"{len(names)} {what}" for what, names in difference.items())
+            log.info("rules applied by %s: %s", request.state.peer, counts)
+        return _json(difference)
+
+    @app.patch("/v1/log", response_model=views.LogLevels, responses=refused)
+    async def set_log_levels(levels: LogTable) -> Response:
+        """Change the level of the roles that are named, until the relay stops; all levels."""
+        return _json(relay.set_log_levels(levels))
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -141,7 +180,9 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         problem = f"{request.method} {request.url.path}: {error.detail}"
-        return _error(error.status_code, "", "", problem, "GET /openapi.json says what there is")
+        answer = _error(error.status_code, "", "", problem, "GET /openapi.json says what there is")
+        answer.headers.update(error.headers or {})  # Allow (RFC 9110 §15.5.6)
+        return answer
 
     @app.exception_handler(Exception)
     async def bug(_: Request, error: Exception) -> Response:
@@ -166,13 +207,22 @@ async def _json_of_many(content: object) -> Response:
     return Response(text, media_type="application/json")
 
 
+class PeerProtocol(H11Protocol):
+    """HTTP/1.1 that knows who is there: `request.state.peer`."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn does
+        """As asyncio calls it."""
+        super().connection_made(transport)
+        self.app_state = {**self.app_state, "peer": peer_of(transport.get_extra_info("socket"))}
+
+
 class Server(uvicorn.Server):
     """Serves on a listening socket, in the loop that runs already, and leaves signals alone."""
 
     def __init__(self, app: FastAPI, listening: socket) -> None:
         config = uvicorn.Config(
             app,
-            http=H11Protocol,
+            http=PeerProtocol,
             ws="none",
             lifespan="off",  # a module that is imported late, so early above
             log_config=None,

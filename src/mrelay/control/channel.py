@@ -19,11 +19,12 @@ class AsyncChannel:
     """`on_message` gets each message with its descriptors, and may raise BadMessage to refuse it.
 
     `on_end` is called once: with None when the peer is gone, with the BadMessage when it sent one.
+    `takes_fds` as in messages.Channel.
     """
 
-    def __init__(self, sock: socket, on_message: OnMessage, on_end: OnEnd) -> None:
+    def __init__(self, sock: socket, on_message: OnMessage, on_end: OnEnd, *, takes_fds: bool = True) -> None:
         sock.setblocking(False)
-        self._channel = Channel(sock)
+        self._channel = Channel(sock, takes_fds=takes_fds)
         self._on_message, self._on_end = on_message, on_end
         self._queue: deque[Message] = deque()
         self._loop = asyncio.get_running_loop()

@@ -8,7 +8,9 @@ main and reconcile. Unprivileged; nothing blocks the event loop longer than pars
 import asyncio
 import logging
 import socket
+import struct
 from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from pyroute2 import AsyncIPRoute, NetlinkDumpInterrupted, NetlinkError
@@ -17,10 +19,13 @@ from mrelay.messages import OpenEgress
 
 log = logging.getLogger(__name__)
 
-IFF_UP = 0x1  # include/uapi/linux/if.h
+IFF_UP, IFF_LOOPBACK, IFF_NOARP = 0x1, 0x8, 0x80  # include/uapi/linux/if.h
+RTM_DELLINK = 17  # include/uapi/linux/rtnetlink.h
 RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR = 0x1, 0x10, 0x100  # include/uapi/linux/rtnetlink.h
 IFA_F_DADFAILED, IFA_F_TENTATIVE = 0x08, 0x40  # include/uapi/linux/if_addr.h
+FAMILIES = (socket.AF_INET, socket.AF_INET6)  # a dump has the addresses of others, such as AF_MCTP, too
 IPV4_LINK_LOCAL = "169.254."  # RFC 3927
+_LINK_MESSAGE = struct.Struct("=IH10xB3xi")  # length, type, …, family, …, ifindex
 SETTLE = 0.02  # seconds; changes come in bursts, one dump serves them all
 RETRY = 1.0  # seconds after a dump that failed
 
@@ -34,6 +39,8 @@ class Link:
     up: bool
     ipv4: frozenset[str] = frozenset()
     ipv6: frozenset[str] = frozenset()
+    loopback: bool = False
+    noarp: bool = False  # a tunnel or the like, where there are no neighbours to be found
 
 
 class LinkTable:
@@ -42,6 +49,7 @@ class LinkTable:
     def __init__(self, held: Iterable[OpenEgress] = ()) -> None:
         self.by_name: dict[str, Link] = {}
         self._names: dict[int, str] = {}
+        self._replaced: set[int] = set()
         # by ifindex and family
         self._addresses: dict[tuple[int, int], frozenset[str]] = {}
         self._epochs: dict[tuple[int, int], int] = {}
@@ -49,8 +57,8 @@ class LinkTable:
             key = egress.ifindex, egress.family
             self._epochs[key] = max(egress.epoch, self._epochs.get(key, 0))
 
-    def update(self, links: Iterable[Link]) -> bool:
-        """Take a whole dump; whether anything is different."""
+    def update(self, links: Iterable[Link], gone: AbstractSet[int] = frozenset()) -> bool:
+        """Take a whole dump; whether anything is different. `gone`: numbers of links that went meanwhile."""
         before = self.by_name
         self.by_name = {link.name: link for link in links}
         self._names = {link.ifindex: link.name for link in self.by_name.values()}
@@ -61,7 +69,13 @@ class LinkTable:
         for counts in self._addresses, self._epochs:
             for key in [key for key in counts if key[0] not in self._names]:
                 del counts[key]
-        return before != self.by_name
+        self._replaced |= gone & self._names.keys()
+        return before != self.by_name or bool(gone & self._names.keys())
+
+    def take_replaced(self) -> set[int]:
+        """Numbers that another link has now: what was open on the old one is dead. Each is told once."""
+        replaced, self._replaced = self._replaced, set()
+        return replaced
 
     def _count(self, ifindex: int, family: int, addresses: frozenset[str]) -> None:
         key = ifindex, family
@@ -84,6 +98,7 @@ class LinkWatcher:
     def __init__(self, table: LinkTable, on_change: Callable[[], None]) -> None:
         self._table, self._on_change = table, on_change
         self._changed = asyncio.Event()
+        self._gone: set[int] = set()
 
     async def run(self, ready: asyncio.Event) -> None:
         """Watch until cancelled; `ready` is set when the table is filled for the first time."""
@@ -100,30 +115,44 @@ class LinkWatcher:
         async with AsyncIPRoute(groups=0) as netlink:
             while True:
                 self._changed.clear()
+                gone, self._gone = self._gone, set()
                 try:
                     links = await dump(netlink)
                 except NetlinkDumpInterrupted:  # it changed meanwhile
+                    self._gone |= gone
                     continue
                 except (NetlinkError, OSError) as error:
+                    self._gone |= gone
                     log.error("cannot list the interfaces: %s; trying again", error)
                     await asyncio.sleep(RETRY)
                     continue
-                if self._table.update(links):
+                if self._table.update(links, gone):
                     self._on_change()
                 ready.set()
                 await self._changed.wait()
                 await asyncio.sleep(SETTLE)
 
     def _drain(self, events: socket.socket) -> None:
-        """Whatever it says, also ENOBUFS, means: look again."""
+        """Whatever it says, also ENOBUFS, means: look again. Which links went, a look afterwards may not show."""
         self._changed.set()
         try:
-            while events.recv(65536):
-                pass
+            while data := events.recv(65536):
+                self._gone |= deleted(data)
         except BlockingIOError:
             return
         except OSError as error:
             log.info("netlink: %s; looking at all interfaces again", error)
+
+
+def deleted(data: bytes) -> set[int]:
+    """Numbers of the links that these netlink messages say are gone (struct nlmsghdr, struct ifinfomsg)."""
+    found: set[int] = set()
+    while len(data) >= _LINK_MESSAGE.size:
+        length, kind, family, ifindex = _LINK_MESSAGE.unpack_from(data)
+        if kind == RTM_DELLINK and family == socket.AF_UNSPEC:  # of AF_BRIDGE: a port left its bridge
+            found.add(ifindex)
+        data = data[max(-(-length // 4) * 4, _LINK_MESSAGE.size) :]
+    return found
 
 
 async def dump(netlink: AsyncIPRoute) -> list[Link]:
@@ -133,7 +162,9 @@ async def dump(netlink: AsyncIPRoute) -> list[Link]:
     async for message in await netlink.get_addr():
         address = message.get("local") or message.get("address")
         flags = message.get("flags") or 0
-        if not flags & (IFA_F_DADFAILED | IFA_F_TENTATIVE) and not address.startswith(IPV4_LINK_LOCAL):
+        if flags & (IFA_F_DADFAILED | IFA_F_TENTATIVE) or message["family"] not in FAMILIES:
+            continue
+        if address and not address.startswith(IPV4_LINK_LOCAL):
             found.setdefault((message["index"], message["family"]), set()).add(address)
     return [
         Link(
@@ -142,6 +173,8 @@ async def dump(netlink: AsyncIPRoute) -> list[Link]:
             up=bool(message["flags"] & IFF_UP),
             ipv4=frozenset(found.get((message["index"], socket.AF_INET), ())),
             ipv6=frozenset(found.get((message["index"], socket.AF_INET6), ())),
+            loopback=bool(message["flags"] & IFF_LOOPBACK),
+            noarp=bool(message["flags"] & IFF_NOARP),
         )
         for message in links
     ]

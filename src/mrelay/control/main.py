@@ -1,7 +1,7 @@
 """The control process from its first message to its last.
 
 Owns bring-up, the event loop, and what becomes of each of the supervisor's messages. Started as
-`python -m mrelay.control FD UID GID` with the channel to the supervisor (see child.py); exits 0 after Stop,
+`python -m mrelay.control …` with the channel to the supervisor (see child.py); exits 0 after Stop,
 78 for a config that can't be used, 1 for everything else. Nothing blocks the loop after bring-up.
 """
 
@@ -9,16 +9,19 @@ import asyncio
 import logging
 import os
 import socket
-import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-from mrelay.child import settle
+from mrelay import logs
+from mrelay.child import confine, settle
 from mrelay.control import preload  # noqa: F401  for its effect
 from mrelay.control.api import Server, create_app
 from mrelay.control.links import LinkTable, LinkWatcher
+from mrelay.control.peers import Access
+from mrelay.control.proc import start_time
 from mrelay.control.reconcile import Reconciler
-from mrelay.control.relay import Relay
+from mrelay.control.relay import Host, Relay
+from mrelay.control.routes import NextHops
 from mrelay.control.rulebook import Rulebook, merge
 from mrelay.control.sampler import Sampler
 from mrelay.control.settings import choose_cores, override
@@ -30,6 +33,7 @@ from mrelay.control.workers import Workers
 from mrelay.messages import BadMessage, Held, OpenEgress, Reload, Setup, Stop, WorkerDown, WorkerUp
 from mrelay.model.config import Config, load_config
 from mrelay.model.issue import ConfigError
+from mrelay.pulse import INTERVAL, Pulse
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +42,15 @@ EX_CONFIG = 78  # sysexits.h
 
 
 class Control:
-    """Everything there is one of. `serve` is the life of the process."""
+    """Everything there is one of. `serve` is the life of the process.
 
-    def __init__(self, sock: socket.socket) -> None:
+    `lock_in` is told the state directory's descriptor and confines the process to it; it returns the Landlock
+    ABI version in use.
+    """
+
+    def __init__(self, sock: socket.socket, lock_in: Callable[[int], int]) -> None:
+        self._lock_in, self._landlock = lock_in, 0
+        self._supervisor_started = start_time(os.getppid())
         loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[int] = loop.create_future()
         self._setup: asyncio.Future[tuple[Setup, list[int]]] = loop.create_future()
@@ -76,6 +86,7 @@ class Control:
     def _on_setup(self, setup: Setup, fds: list[int]) -> None:
         if self._setup.done() or len(fds) != (1 if setup.config is None else 2):
             raise BadMessage(f"Setup with {len(fds)} descriptors, or a second one")
+        self._landlock = self._lock_in(fds[0])
         self._setup_message = setup
         self._setup.set_result((setup, fds))
         self._check_held()
@@ -88,6 +99,10 @@ class Control:
         self._worker_up.set()
         if self._reconciler:
             self._reconciler.trigger()
+
+    def _on_hops(self) -> None:
+        if self._reconciler:
+            self._reconciler.hops_changed()
 
     def _on_end(self, error: BadMessage | None) -> None:
         log.error("the supervisor is gone" if error is None else f"bad message: {error}")
@@ -126,8 +141,7 @@ class Control:
         try:
             await self._start()
         except ConfigError as error:
-            for issue in error.issues:
-                print(issue, file=sys.stderr, flush=True)
+            log.error("the config can't be used:\n%s", _lines(error))
             self._end(EX_CONFIG)
         except (RequestFailed, OSError) as error:
             log.critical("cannot start: %s", error)
@@ -143,19 +157,25 @@ class Control:
         cores = choose_cores(relay.workers, os.sched_getaffinity(0), file)
         links = LinkTable(what for what in held if isinstance(what, OpenEgress))
         gro = Gro(relay.gro, relay.ring_slots)
-        self._reconciler = Reconciler(self.supervisor, self.workers, links, book, settings=gro, held=held)
+        hops = NextHops(self._on_hops)
+        self._reconciler = Reconciler(self.supervisor, self.workers, links, book, hops, settings=gro, held=held)
         await self._watch(links, self._reconciler)
         await self._start_workers(cores, relay.flow_limit, restarted=setup.restarted)
         await self._wait_for_workers(len(cores))
         self._spawn(self._reconciler.run())
+        self._spawn(hops.run())
         sampler = Sampler(self.workers)
         self._spawn(sampler.run())
+        self._spawn(_flush_logs())
         stats = Stats(self.workers, book, links, self._reconciler, sampler)
-        self._relay = Relay(book, self._reconciler, self.workers, stats)
+        host = Host(self._supervisor_started, self._landlock)
+        self._relay = Relay(book, self._reconciler, self.workers, stats, host, self.supervisor)
         await self._reconciler.settled()
         await self._serve_api(self._relay, int(relay.socket_mode, 8), relay.socket_group)
         self._relay.ready = True
-        self.supervisor.ready(self._status())
+        self._reconciler.after_pass = self._tell_status
+        self._said = self._status()
+        self.supervisor.ready(self._said)
 
     async def _load(self, setup: Setup, file: StateFile, config_fds: list[int]) -> Rulebook:
         """The rules and settings to start with: what ran last, merged with the config file's edits."""
@@ -210,15 +230,26 @@ class Control:
             log.error("only %d of %d workers came up; going on", len(self.workers.live()), count)
 
     async def _serve_api(self, relay: Relay, mode: int, group: str | None) -> None:
-        fd = await self.supervisor.listen(mode, group)
-        self._server = Server(create_app(relay), socket.socket(fileno=fd))
+        listening, fd = await self.supervisor.listen(mode & 0o666, group)  # nobody executes a socket
+        app = create_app(relay, Access(listening.uid, listening.gid))
+        self._server = Server(app, socket.socket(fileno=fd))
         self._spawn(self._server.run_here())
 
     def _status(self) -> str:
         states = [rule["state"] for rule in self._relay.rules()["rules"]] if self._relay else []
         return f"{states.count(UP)} of {len(states)} rules up, {len(self.workers.live())} workers"
 
+    def _tell_status(self) -> None:
+        if self._said != self._status():
+            self._said = self._status()
+            self.supervisor.status(self._said)
+
     async def _reload(self, event: Reload, fds: list[int]) -> None:
+        await self._read_again(event, fds)
+        if self._relay is not None and self._relay.ready:
+            self.supervisor.ready(self._status())
+
+    async def _read_again(self, event: Reload, fds: list[int]) -> None:
         if self._relay is None or self._setup_message is None:
             for fd in fds:
                 os.close(fd)
@@ -237,6 +268,12 @@ class Control:
                 log.error("reload: cannot read the file or write the state: %s; nothing changed", error)
 
 
+async def _flush_logs() -> None:
+    while True:
+        await asyncio.sleep(logs.WINDOW)
+        logs.flush()
+
+
 async def _read_config(name: str | None, fds: list[int]) -> Config:
     """The config in an open file; an empty one when there is no file."""
     if name is None or not fds:
@@ -251,16 +288,37 @@ def _read_all(fd: int) -> str:
 
 
 def _log_issues(error: ConfigError) -> None:
-    for issue in error.issues:
-        log.error("%s", issue)
-    log.error("config not taken, nothing changed")
+    log.error("config not taken, nothing changed:\n%s", _lines(error))
 
 
-async def _run(sock: socket.socket) -> int:
-    return await Control(sock).serve()
+def _lines(error: ConfigError) -> str:
+    """All issues in one message: none of them may be folded away."""
+    return "\n".join(map(str, error.issues))
+
+
+def _lock_in(state_dir: int) -> int:
+    """Confine this process: from here on it may read what others wrote."""
+    version = confine("control", directory=state_dir)
+    if version == 0:
+        log.warning("no Landlock here: seccomp and their users alone keep control and workers from files")
+    return version
+
+
+async def _run(sock: socket.socket, pulse: Pulse) -> int:
+    beating = asyncio.create_task(_beat(pulse))
+    status = await Control(sock, _lock_in).serve()
+    beating.cancel()
+    return status
+
+
+async def _beat(pulse: Pulse) -> None:
+    """Show the supervisor that the loop turns, until cancelled."""
+    while True:
+        pulse.beat()
+        await asyncio.sleep(INTERVAL)
 
 
 def main() -> int:
     """Run until told to stop; the exit status."""
-    channel = settle("control")
-    return asyncio.run(_run(channel.sock))
+    channel, pulse = settle("control")
+    return asyncio.run(_run(channel.sock, pulse))

@@ -40,6 +40,12 @@ class _Collector(Collector):
         for worker in self._workers["workers"]:
             restarts.add_metric([str(worker["worker"])], worker["restarts"])
         yield restarts
+        repairs = CounterMetricFamily(
+            "mrelay_worker_repairs", "Times that a worker had other rules than it was told.", labels=["worker"]
+        )
+        for worker in self._workers["workers"]:
+            repairs.add_metric([str(worker["worker"])], worker["repairs"])
+        yield repairs
 
     def _by_rule(self) -> Iterator[Metric]:
         packets = CounterMetricFamily("mrelay_rule_packets", "Datagrams that a rule took.", labels=["rule"])

@@ -7,10 +7,12 @@ round. Called by main, rulebook and api, which only trigger it and may wait for 
 
 import asyncio
 import errno
+import ipaddress
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from mrelay.control.links import LinkTable
+from mrelay.control.routes import Hop, NextHops
 from mrelay.control.rulebook import Rulebook
 from mrelay.control.supervisor import RequestFailed, Supervisor
 from mrelay.control.want import (
@@ -20,6 +22,7 @@ from mrelay.control.want import (
     RulePlan,
     in_force,
     output_state,
+    own_sources,
     plan_rules,
     rule_state,
 )
@@ -40,12 +43,13 @@ class Reconciler:
         workers: Workers,
         links: LinkTable,
         book: Rulebook,
+        hops: NextHops,
         *,
         settings: Gro,
         held: Iterable[Resource] = (),
     ) -> None:
         self._supervisor, self._workers, self._links, self._book = supervisor, workers, links, book
-        self._settings = settings
+        self._hops, self._settings = hops, settings
         self._have = set(held)
         self._ids = EgressIds(what for what in self._have if isinstance(what, OpenEgress))
         self._wake = asyncio.Event()
@@ -56,6 +60,40 @@ class Reconciler:
         self.plans: list[RulePlan] = []
         self.failed: dict[Resource, str] = {}
         self.running: list[PutRule] = []
+        self.after_pass: Callable[[], None] = lambda: None
+
+    def trouble(self) -> dict[Resource, str]:
+        """The state of what was asked for and is not well: it could not be opened, or can't be reached."""
+        problems = self._hops.problems
+        found: dict[Resource, str] = {what: f"error: {problem}" for what, problem in self.failed.items()}
+        for plan in self.plans if problems else ():
+            for egress in (output.egress for output in plan.outputs):
+                hop = self._hop(egress) if egress else None
+                if egress and hop in problems:
+                    found[egress] = problems[hop]
+        return found
+
+    def _hop(self, egress: OpenEgress) -> Hop | None:
+        """What a unicast output must reach."""
+        link = self._links.by_name.get(self._links.name(egress.ifindex))
+        if link is None or egress.address is None or ipaddress.ip_address(egress.address).is_multicast:
+            return None
+        return Hop(egress.ifindex, egress.address, link.noarp or link.loopback)
+
+    def output_states(self) -> dict[tuple[str, str], str]:
+        """Each output's state, by its rule's name and its own text."""
+        trouble = self.trouble()
+        return {
+            (plan.rule.name, output.text): output_state(output, trouble)
+            for plan in self.plans
+            for output in plan.outputs
+        }
+
+    def hops_changed(self) -> None:
+        """A route or neighbour came or went: what failed for want of it may be had now."""
+        self._tell()
+        if self.failed:
+            self._wake.set()
 
     def trigger(self) -> None:
         """Something changed: look again soon."""
@@ -81,6 +119,7 @@ class Reconciler:
             self._wake.clear()
             waiting, self._waiting = self._waiting, []
             await self._reconcile()
+            self.after_pass()
             for future in waiting:
                 if not future.done():
                     future.set_result(None)
@@ -92,6 +131,9 @@ class Reconciler:
             log.debug("trying again what failed")
 
     async def _reconcile(self) -> None:
+        if replaced := self._links.take_replaced():
+            log.info("links %s are others than before, under the same numbers", sorted(replaced))
+            await self._release(what for what in self._have.copy() if getattr(what, "ifindex", 0) in replaced)
         plans = plan_rules(self._book.rules, self._book.slots, self._links, self._ids, self._settings, self._known)
         self._known = {plan.rule.name: plan for plan in plans}
         wanted = {what for plan in plans for what in plan.needs()}
@@ -99,12 +141,17 @@ class Reconciler:
         self._refused &= wanted
         await self._grant({what for plan in plans for what in plan.opens()})
         await self._release(what for what in self._have - wanted if isinstance(what, JoinGroup))
-        running = [(plan, put) for plan in plans if (put := in_force(plan, self._have))]
+        own = own_sources(plans, self._links)
+        running = [(plan, put) for plan in plans if (put := in_force(plan, self._have, own))]
         await self._workers.put({put.rule: put for _, put in running})
+        if replaced:  # the rules may be what they were: joins still wait until every worker has the new rings
+            await self._workers.sync()
         await self._grant({join for plan, _ in running if plan.state == UP for join in plan.joins})
         await self._release(self._have - wanted)
         self._ids.keep({what.output for what in self._have | wanted if isinstance(what, OpenEgress)})
         self.plans, self.running = plans, [put for _, put in running]
+        egresses = {output.egress for plan in plans for output in plan.outputs if output.state == UP}
+        self._hops.follow({hop for egress in egresses if egress and (hop := self._hop(egress))})
         self._tell()
 
     async def _grant(self, wanted: Iterable[Resource]) -> None:
@@ -123,7 +170,9 @@ class Reconciler:
     def _grant_failed(self, what: Resource, error: RequestFailed) -> None:
         if isinstance(what, SetGro):
             level = logging.WARNING if self._settings.gro is True else logging.INFO
-            log.log(level, "%s: no UDP GRO forwarding, slower but right: %s", what.ifname, error)
+            log.log(
+                level, "%s: no UDP GRO forwarding, slower but right: %s", self._links.name(what.ifindex), error
+            )
             self._refused.add(what)
         elif isinstance(what, HoldUnicast) and error.errno == errno.EADDRINUSE:
             # A program of this host listens there: so no port-unreachable is sent anyway.
@@ -143,7 +192,8 @@ class Reconciler:
 
     def _tell(self) -> None:
         """Log each state that is not what it was, once."""
-        now = {subject: state for plan in self.plans for subject, state in _states(plan, self.failed)}
+        trouble = self.trouble()
+        now = {subject: state for plan in self.plans for subject, state in _states(plan, trouble)}
         for subject, state in now.items():
             if state != self._states.get(subject):
                 log.log(logging.INFO if state == UP else logging.WARNING, "%s: %s", subject, state)
@@ -152,13 +202,13 @@ class Reconciler:
         self._states = now
 
 
-def _states(plan: RulePlan, failed: Mapping[Resource, str]) -> Iterator[tuple[str, str]]:
+def _states(plan: RulePlan, trouble: Mapping[Resource, str]) -> Iterator[tuple[str, str]]:
     """What there is to say of a rule: its state, each of several outputs that isn't up, its warning."""
     rule = f"rule '{plan.rule.name}'"
-    yield rule, rule_state(plan, failed)
+    yield rule, rule_state(plan, trouble)
     if len(plan.outputs) > 1:
         for output in plan.outputs:
-            yield f"{rule}: output {output.text}", output_state(output, failed)
+            yield f"{rule}: output {output.text}", output_state(output, trouble)
     if plan.warning:
         yield f"{rule}: input {plan.rule.from_}", plan.warning
 

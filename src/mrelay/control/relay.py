@@ -9,21 +9,21 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
-from mrelay import __version__
-from mrelay.control.proc import process_times
+from mrelay import __version__, logs
 from mrelay.control.reconcile import Reconciler
 from mrelay.control.rulebook import Rulebook, difference, merge
 from mrelay.control.stats import ENGINE, Stats
-from mrelay.control.want import RulePlan, output_state, rule_state
+from mrelay.control.supervisor import Supervisor
+from mrelay.control.want import STARTING, RulePlan, output_state, rule_state
 from mrelay.control.workers import Workers
 from mrelay.messages import Resource
 from mrelay.model.config import parse_rules
+from mrelay.model.issue import ConfigError, Issue
 from mrelay.model.rule import Rule
 
 Table = dict[str, Any]
-STARTING = "waiting: starting"  # shown until the first pass that knows the rule is over
 
 
 class Exists(Exception):
@@ -34,18 +34,32 @@ class NoRule(Exception):
     """There is no rule of this name."""
 
 
+class Host(NamedTuple):
+    """What control saw before it was confined: when its supervisor started (CLOCK_BOOTTIME, seconds), and how
+    it was: the Landlock ABI version in use, 0 for none."""
+
+    supervisor_started: float
+    landlock: int
+
+
 class Relay:
     """All that a client may ask for. `ready` is set by main."""
 
-    def __init__(self, book: Rulebook, reconciler: Reconciler, workers: Workers, stats: Stats) -> None:
+    def __init__(
+        self,
+        book: Rulebook,
+        reconciler: Reconciler,
+        workers: Workers,
+        stats: Stats,
+        host: Host,
+        supervisor: Supervisor,
+    ) -> None:
         self._book, self._reconciler, self._workers = book, reconciler, workers
-        self.stats = stats
+        self.stats, self._host, self._supervisor = stats, host, supervisor
         self.ready = False
-        self._started = time.monotonic()
 
     def health(self) -> Table:
         """/v1/health; `pid` and `uptime` are the supervisor's."""
-        times = process_times(os.getppid())
         kinds = {worker.egress for worker in self._workers.by_number.values() if worker.egress}
         return {
             "ready": self.ready,
@@ -53,14 +67,29 @@ class Relay:
             "pid": os.getppid(),
             "engine": ENGINE,
             "egress": "io_uring" if kinds == {"io_uring"} else "sendmmsg",
-            "uptime": round(times.age if times else time.monotonic() - self._started, 1),
+            "uptime": round(time.clock_gettime(time.CLOCK_BOOTTIME) - self._host.supervisor_started, 1),
+            "landlock": self._host.landlock,
         }
+
+    def set_log_levels(self, table: Table) -> Table:
+        """/v1/log: these roles' levels from now on; all of them."""
+        wrong = [
+            role for role, level in table.items() if role not in logs.ROLES or level not in tuple(logs.LEVELS)
+        ]
+        if wrong or not table:
+            problem = "these are no log levels" if wrong else "no role is named"
+            remedy = f"name {', '.join(logs.ROLES)}, and for each one of {', '.join(logs.LEVELS)}"
+            raise ConfigError([Issue("", "", ", ".join(wrong), problem, remedy)])
+        for role, level in table.items():
+            logs.set_level(role, level, mine=role == "control")
+            self._supervisor.log_level(role, level)
+        return logs.levels()
 
     def rules(self) -> Table:
         """/v1/rules"""
         plans = {plan.rule.name: plan for plan in self._reconciler.plans}
-        failed = self._reconciler.failed
-        return {"rules": [_rule_view(rule, plans.get(rule.name), failed) for rule in self._book.rules]}
+        trouble = self._reconciler.trouble()
+        return {"rules": [_rule_view(rule, plans.get(rule.name), trouble) for rule in self._book.rules]}
 
     async def add(self, table: Table) -> Table:
         """Add a rule; as in /v1/rules. Raises ConfigError, Exists, OSError (not saved)."""
@@ -108,14 +137,15 @@ class Relay:
         await self._reconciler.settled()
 
 
-def _rule_view(rule: Rule, plan: RulePlan | None, failed: dict[Resource, str]) -> Table:
+def _rule_view(rule: Rule, plan: RulePlan | None, trouble: dict[Resource, str]) -> Table:
     known = plan is not None and plan.rule == rule
-    states = [output_state(output, failed) for output in plan.outputs] if plan and known else []
+    states = [output_state(output, trouble) for output in plan.outputs] if plan and known else []
     return {
         **rule.to_table(),
         "link_local": rule.link_local,
         "allow_loop": rule.allow_loop,
-        "state": rule_state(plan, failed) if plan and known else STARTING,
+        "rate": str(rule.rate) if rule.rate else None,
+        "state": rule_state(plan, trouble) if plan and known else STARTING,
         "outputs": [
             {"to": str(output), "state": states[number] if states else STARTING}
             for number, output in enumerate(rule.to)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mrelay.control.proc import process_times
+from mrelay.control.proc import cpu_seconds
 from mrelay.control.workers import Worker, Workers
-from mrelay.counters import U64
+from mrelay.counters import U64, sound_keys
 from mrelay.counters_size import MAX_RULES
 
 INTERVAL = 1.0  # seconds
@@ -42,7 +42,10 @@ def flow_table(worker: Worker) -> FlowTable:
     """A copy of the worker's live flows: those that went somewhere."""
     counters = worker.counters
     slots = np.flatnonzero((counters.keys[4] != 0) & (counters.flows[0] != 0))
-    return FlowTable(slots, counters.keys[:, slots], counters.flows[:, slots])
+    keys = counters.keys[:, slots]
+    sound = sound_keys(keys)
+    slots = slots[sound]
+    return FlowTable(slots, keys[:, sound], counters.flows[:, slots])
 
 
 def take(workers: Workers) -> Sample:
@@ -51,8 +54,8 @@ def take(workers: Workers) -> Sample:
     cpu: dict[int, tuple[int, float]] = {}
     for worker in workers.by_number.values():
         rules += worker.counters.rules
-        if worker.pid is not None and (times := process_times(worker.pid)):
-            cpu[worker.number] = worker.pid, times.cpu
+        if worker.pid is not None and (seconds := cpu_seconds(worker.pid)) is not None:
+            cpu[worker.number] = worker.pid, seconds
     flows = {worker.number: flow_table(worker) for worker in workers.by_number.values()}
     return Sample(time.monotonic(), rules, flows, cpu)
 

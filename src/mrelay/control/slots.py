@@ -58,17 +58,33 @@ class Slots:
     @classmethod
     def from_table(cls, table: dict[str, Any]) -> Self:
         """The reverse; ValueError, TypeError or KeyError when it isn't one of ours."""
-        return cls(
-            {name: _slot(index, base, 2) for name, index, *base in table["rules"]},
-            {(name, to): _slot(index, base, 3) for name, to, index, *base in table["links"]},
-            *(int(number) for number in table["next"]),
-        )
+        rules = {_text(name): _slot(index, base, 2, MAX_RULES) for name, index, *base in table["rules"]}
+        links = {
+            (_text(name), _text(to)): _slot(index, base, 3, MAX_LINKS) for name, to, index, *base in table["links"]
+        }
+        for slots in rules, links:
+            if len({slot.index for slot in slots.values()}) < len(slots):
+                raise ValueError("one slot is given twice")
+        next_rule, next_link = table["next"]
+        return cls(rules, links, _count(next_rule, MAX_RULES), _count(next_link, MAX_LINKS))
 
 
-def _slot(index: int, base: list[int], width: int) -> Slot:
+def _slot(index: object, base: list[object], width: int, limit: int) -> Slot:
     if len(base) != width:
         raise ValueError(f"{width} base values were due, not {len(base)}")
-    return Slot(int(index), tuple(int(value) for value in base))
+    return Slot(_count(index, limit), tuple(_count(value) for value in base))
+
+
+def _count(value: object, limit: int | None = None) -> int:
+    if not isinstance(value, int) or value < 0 or (limit is not None and value >= limit):
+        raise ValueError(f"{value!r} can't be a slot or a count")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not text")
+    return value
 
 
 def _assign(

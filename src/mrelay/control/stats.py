@@ -17,6 +17,7 @@ from mrelay.control.reconcile import Reconciler
 from mrelay.control.rulebook import Rulebook
 from mrelay.control.sampler import FlowTable, Sampler, flow_table
 from mrelay.control.slots import Slot, Slots
+from mrelay.control.want import STARTING
 from mrelay.control.workers import Worker, Workers
 from mrelay.counters import DROP_REASONS, U64
 from mrelay.counters_size import MAX_LINKS, MAX_RULES
@@ -30,6 +31,7 @@ SETTLE_TRIES = 20
 SETTLE_PAUSE = 0.0005  # seconds
 
 Table = dict[str, Any]
+States = dict[tuple[str, str], str]  # by rule and output
 Counted = tuple[U64, U64, NDArray[np.float64]]  # by slot: of rules, of links, of rules each second
 
 
@@ -46,14 +48,18 @@ class Stats:
         """/v1/stats"""
         await self._workers.sync()
         totals = [await _totals(worker) for worker in self._workers.by_number.values()]
-        received, matched, *drops = np.sum([NOTHING, *totals], axis=0).tolist()
+        received, matched, *drops = np.array([NOTHING, *totals], np.uint64).sum(axis=0).tolist()
         book, rates = self._book, self._sampler.rules()
         return {
             "received": received,
             "matched": matched,
             "drops": dict(zip(DROP_REASONS, drops, strict=True)),
             "rules": await asyncio.to_thread(
-                _rules, book.rules, book.slots, (self._sum("rules"), self._sum("links"), rates)
+                _rules,
+                book.rules,
+                book.slots,
+                (self._sum("rules"), self._sum("links"), rates),
+                self._reconciler.output_states(),
             ),
             "flows": sum(_flow_count(worker) for worker in self._workers.by_number.values()),
         }
@@ -93,8 +99,9 @@ class Stats:
             "worker": worker.number,
             "core": worker.core,
             "pid": worker.pid,
-            "state": worker.state,
+            "state": worker.state_text(),
             "restarts": worker.restarts,
+            "repairs": worker.repairs,
             "egress": worker.egress,
             "flows": _flow_count(worker),
             "received": worker.counters.received,
@@ -123,11 +130,11 @@ def _flow_count(worker: Worker) -> int:
     return int(np.count_nonzero((worker.counters.keys[4] != 0) & (worker.counters.flows[0] != 0)))
 
 
-def _rules(rules: tuple[Rule, ...], slots: Slots, counted: Counted) -> list[Table]:
-    return [_rule(rule, slots, counted) for rule in rules]
+def _rules(rules: tuple[Rule, ...], slots: Slots, counted: Counted, states: States) -> list[Table]:
+    return [_rule(rule, slots, counted, states) for rule in rules]
 
 
-def _rule(rule: Rule, slots: Slots, counted: Counted) -> Table:
+def _rule(rule: Rule, slots: Slots, counted: Counted, states: States) -> Table:
     counts, links, rates = counted
     slot = slots.rules[rule.name]
     packets, octets = _above_base(counts, slot)
@@ -138,13 +145,16 @@ def _rule(rule: Rule, slots: Slots, counted: Counted) -> Table:
         "bytes": octets,
         "pps": round(pps, 1),
         "bps": round(octets_ps * 8, 1),
-        "outputs": [_output(str(output), links, slots.links[rule.name, str(output)]) for output in rule.to],
+        "outputs": [
+            _output(to, links, slots.links[rule.name, to], states.get((rule.name, to), STARTING))
+            for to in map(str, rule.to)
+        ],
     }
 
 
-def _output(to: str, links: U64, slot: Slot) -> Table:
+def _output(to: str, links: U64, slot: Slot, state: str) -> Table:
     packets, octets, errors = _above_base(links, slot)
-    return {"to": to, "packets": packets, "bytes": octets, "errors": errors}
+    return {"to": to, "state": state, "packets": packets, "bytes": octets, "errors": errors}
 
 
 def _above_base(counts: U64, slot: Slot) -> list[int]:

@@ -18,6 +18,8 @@ from mrelay.messages import (
     Grant,
     Held,
     Listen,
+    Listening,
+    LogLevel,
     Message,
     Ready,
     Release,
@@ -25,6 +27,7 @@ from mrelay.messages import (
     Resource,
     Setup,
     StartWorkers,
+    Status,
     Stop,
     WorkerDown,
     WorkerUp,
@@ -33,6 +36,7 @@ from mrelay.messages import (
 EVENTS = (Setup, Held, WorkerUp, WorkerDown, Reload, Stop)
 Event = Setup | Held | WorkerUp | WorkerDown | Reload | Stop
 Request = Grant | Release | Listen | StartWorkers
+Answer = tuple[Done | Listening, list[int]]
 
 
 class RequestFailed(Exception):
@@ -55,7 +59,7 @@ class Supervisor:
         self._on_event = on_event
         self._on_end = on_end
         self._ids = itertools.count(1)
-        self._waiting: dict[int, asyncio.Future[list[int]]] = {}
+        self._waiting: dict[int, asyncio.Future[Answer]] = {}
         self._channel = AsyncChannel(sock, self._receive, self._ended)
 
     async def grant(self, what: Resource) -> None:
@@ -66,23 +70,31 @@ class Supervisor:
         """Have it closed; raises RequestFailed."""
         await self._request(Release(next(self._ids), what))
 
-    async def listen(self, mode: int, group: str | None) -> int:
-        """The descriptor of the API's listening socket, made with this file mode and group."""
-        fds = await self._request(Listen(next(self._ids), mode, group))
-        if len(fds) != 1:
+    async def listen(self, mode: int, group: str | None) -> tuple[Listening, int]:
+        """The API's listening socket, made with this file mode and group: whose file it is, its descriptor."""
+        answer, fds = await self._request(Listen(next(self._ids), mode, group))
+        if not isinstance(answer, Listening) or len(fds) != 1:
             raise RequestFailed(0, f"the supervisor sent {len(fds)} descriptors for the API socket", "")
-        return fds[0]
+        return answer, fds[0]
 
     async def start_workers(self, cores: tuple[int, ...], flow_limit: int) -> None:
         """Have one worker started on each core; those that run already go on."""
         await self._request(StartWorkers(next(self._ids), cores, flow_limit))
 
     def ready(self, status: str) -> None:
-        """Say that every rule that can be up is up."""
+        """Say that every rule that can be up is up, or that a reload is over."""
         self._channel.send(Ready(status))
 
-    async def _request(self, message: Request) -> list[int]:
-        future: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
+    def status(self, text: str) -> None:
+        """Say how things are now."""
+        self._channel.send(Status(text))
+
+    def log_level(self, role: str, level: str) -> None:
+        """Have this role log from that level on."""
+        self._channel.send(LogLevel(role, level))
+
+    async def _request(self, message: Request) -> Answer:
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting[message.id] = future
         self._channel.send(message)
         try:
@@ -91,24 +103,22 @@ class Supervisor:
             del self._waiting[message.id]
 
     def _receive(self, message: Message, fds: list[int]) -> None:
-        if isinstance(message, Done):
-            self._answer(message.id, fds, None)
-        elif isinstance(message, Failed):
-            self._answer(message.id, fds, RequestFailed(message.errno, message.problem, message.remedy))
+        if isinstance(message, Done | Listening | Failed):
+            self._answer(message, fds)
         elif isinstance(message, EVENTS):
             self._on_event(message, fds)
         else:
             raise BadMessage(f"the supervisor sent {type(message).__name__}")
 
-    def _answer(self, request: int, fds: list[int], error: RequestFailed | None) -> None:
-        future = self._waiting.get(request)
+    def _answer(self, answer: Done | Listening | Failed, fds: list[int]) -> None:
+        future = self._waiting.get(answer.id)
         if future is None or future.done():  # whoever asked was cancelled
             for fd in fds:
                 os.close(fd)
-        elif error is not None:
-            future.set_exception(error)
+        elif isinstance(answer, Failed):
+            future.set_exception(RequestFailed(answer.errno, answer.problem, answer.remedy))
         else:
-            future.set_result(fds)
+            future.set_result((answer, fds))
 
     def _ended(self, error: BadMessage | None) -> None:
         for future in self._waiting.values():

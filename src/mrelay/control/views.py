@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field
 
 
 class Health(BaseModel):
-    """`pid` is the supervisor's; `uptime` in seconds."""
+    """`pid` is the supervisor's; `uptime` in seconds; `landlock` the ABI version that confines, 0 for none."""
 
     ready: bool
     version: str
@@ -14,6 +14,7 @@ class Health(BaseModel):
     engine: str
     egress: Literal["io_uring", "sendmmsg"]
     uptime: float
+    landlock: int
 
 
 class OutputState(BaseModel):
@@ -31,6 +32,7 @@ class Rule(BaseModel):
     to: list[str]
     link_local: bool
     allow_loop: bool
+    rate: str | None
     state: str
     outputs: list[OutputState]
 
@@ -71,9 +73,10 @@ class Flows(BaseModel):
 
 
 class OutputStats(BaseModel):
-    """`packets` were handed to the kernel without error."""
+    """`packets` were handed to the kernel without error; `state` as in Rule."""
 
     to: str
+    state: str
     packets: int
     bytes: int
     errors: int
@@ -101,13 +104,18 @@ class Stats(BaseModel):
 
 
 class Worker(BaseModel):
-    """`pid` is null while it restarts; `cpu_percent` of one core, over about a second."""
+    """`pid` is null while it is down. `cpu_percent` of one core, over about a second.
+
+    `state` is "running", "starting", "restarting", or why it stays down ("crash loop (…): next try in 30 s").
+    `repairs`: how often it had other rules in force than it was told, and was told them again.
+    """
 
     worker: int
     core: int
     pid: int | None
-    state: Literal["running", "starting", "restarting"]
+    state: str
     restarts: int
+    repairs: int
     egress: str
     flows: int
     received: int
@@ -116,6 +124,17 @@ class Worker(BaseModel):
 
 class Workers(BaseModel):
     workers: list[Worker]
+
+
+Level = Literal["debug", "info", "warning", "error", "critical"]
+
+
+class LogLevels(BaseModel):
+    """From which level on each role logs."""
+
+    supervisor: Level = "info"
+    control: Level = "info"
+    worker: Level = "info"
 
 
 class Error(BaseModel):
@@ -142,6 +161,7 @@ RULE_SCHEMA: Final[dict[str, Any]] = {
         "to": {"type": "array", "minItems": 1, "items": {**_ENDPOINT, "examples": ["eth1:239.2.2.2:6000"]}},
         "link_local": {"type": "boolean", "default": False},
         "allow_loop": {"type": "boolean", "default": False},
+        "rate": {"type": "string", "examples": ["10kpps,50Mbit/s"]},
     },
     "additionalProperties": False,
 }

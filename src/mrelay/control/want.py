@@ -7,6 +7,7 @@ workers run. Pure: no I/O; the numbers of egress sockets come from an EgressIds.
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from ipaddress import IPv4Address, IPv6Address
 from types import MappingProxyType
 from typing import Literal
 
@@ -23,9 +24,11 @@ from mrelay.messages import (
     SetGro,
 )
 from mrelay.model.endpoint import Input, Network, Output
+from mrelay.model.rate import Rate
 from mrelay.model.rule import Rule
 
 UP = "up"
+STARTING = "waiting: starting"  # shown until the first pass that knows the rule is over
 MAX_JOINS = 256  # groups of one prefix; more would fill the interface's filter and every querier's table
 MAX_HOLDS = 64  # ports of one unicast input
 
@@ -103,6 +106,7 @@ class RulePlan:
     joins: frozenset[JoinGroup] = frozenset()  # wanted once it is
     compiled: PutRule | None = None
     warning: str = ""
+    loopback: bool = False
 
     def needs(self) -> set[Resource]:
         """All that may be open for this rule."""
@@ -148,8 +152,9 @@ def _plan_rule(rule: Rule, slots: Slots, links: LinkTable, ids: EgressIds, setti
         ingress=OpenIngress(link.ifindex, settings.ring_slots),
         beside=_beside(rule.from_, link, settings),
         joins=joins,
-        compiled=_compile(rule.from_, slots.rules[rule.name].index, link.ifindex),
+        compiled=_compile(rule, slots.rules[rule.name].index, link.ifindex),
         warning=warning,
+        loopback=link.loopback,
     )
 
 
@@ -162,7 +167,7 @@ def _link_state(name: str, link: Link | None) -> str:
 def _beside(origin: Input, link: Link, settings: Gro) -> frozenset[Resource]:
     found: set[Resource] = set()
     if settings.gro:  # "auto" or true
-        found.add(SetGro(link.ifindex, link.name))
+        found.add(SetGro(link.ifindex))
     ports = range(origin.ports.low, origin.ports.high + 1)
     if not origin.address.is_multicast and len(ports) <= MAX_HOLDS:
         found |= {HoldUnicast(str(origin.address.network_address), port) for port in ports}
@@ -183,8 +188,9 @@ def _is_host(network: Network) -> bool:
     return network.prefixlen == network.max_prefixlen
 
 
-def _compile(origin: Input, slot: int, ifindex: int) -> PutRule:
+def _compile(rule: Rule, slot: int, ifindex: int) -> PutRule:
     """The rule without its outputs."""
+    origin, rate = rule.from_, rule.rate or Rate()
     group_low, group_high = _range(origin.address)
     any_source = 0, 2**origin.address.max_prefixlen - 1
     source_low, source_high = _range(origin.source) if origin.source else any_source
@@ -199,6 +205,9 @@ def _compile(origin: Input, slot: int, ifindex: int) -> PutRule:
         port_high=origin.ports.high,
         source_low=source_low,
         source_high=source_high,
+        pps=rate.packets,
+        bps=rate.bits,
+        own=(),
         outputs=(),
     )
 
@@ -234,24 +243,44 @@ def _plan_output(rule: Rule, output: Output, slots: Slots, links: LinkTable, ids
 # ---- and what becomes of a plan, given what could be opened -----------------------------------------
 
 
-def in_force(plan: RulePlan, have: AbstractSet[Resource]) -> PutRule | None:
-    """The rule for the workers with the outputs that are there, if any; None when it has no ring."""
+def own_sources(plans: Iterable[RulePlan], links: LinkTable) -> dict[int, tuple[int, ...]]:
+    """By family, the addresses that this relay sends from, as integers in order."""
+    found: dict[int, set[int]] = {4: set(), 6: set()}
+    for output in (output for plan in plans for output in plan.rule.to):
+        link = links.by_name.get(output.interface)
+        if link is not None and output.source == "egress":
+            found[4] |= {int(IPv4Address(address)) for address in link.ipv4}
+            found[6] |= {int(IPv6Address(address)) for address in link.ipv6}
+        elif not isinstance(output.source, str):
+            found[output.source.version].add(int(output.source))
+    return {family: tuple(sorted(addresses)) for family, addresses in found.items()}
+
+
+def in_force(plan: RulePlan, have: AbstractSet[Resource], own: Mapping[int, tuple[int, ...]]) -> PutRule | None:
+    """The rule for the workers with the outputs that are there, if any; None when it has no ring.
+
+    On the loopback interface everything comes from an address of ours, so there it says nothing.
+    """
     if plan.compiled is None or plan.ingress not in have:
         return None
+    exempt = plan.rule.allow_loop or plan.loopback
+    sources = () if exempt else own[plan.compiled.family]
     outputs = tuple(o.compiled for o in plan.outputs if o.compiled and o.state == UP and o.egress in have)
-    return replace(plan.compiled, outputs=outputs)
+    return replace(plan.compiled, outputs=outputs, own=sources)
 
 
-def output_state(output: OutputPlan, failed: Mapping[Resource, str]) -> str:
-    """UP, or what keeps it from being so."""
-    problem = failed.get(output.egress) if output.egress else None
-    return output.state if problem is None else f"error: {problem}"
+def output_state(output: OutputPlan, trouble: Mapping[Resource, str]) -> str:
+    """UP, or what keeps it from being so. `trouble`: what is amiss with resources that were asked for."""
+    if output.state != UP or output.egress is None:
+        return output.state
+    return trouble.get(output.egress, UP)
 
 
-def rule_state(plan: RulePlan, failed: Mapping[Resource, str]) -> str:
+def rule_state(plan: RulePlan, trouble: Mapping[Resource, str]) -> str:
     """UP when all of the rule is; else the first thing that is amiss: input, memberships, outputs."""
     if plan.state != UP:
         return plan.state
-    problems = [f"error: {failed[what]}" for what in sorted(plan.needs() & failed.keys(), key=str)]
-    waiting = [output.state for output in plan.outputs if output.state != UP]
-    return next(iter(problems + waiting), UP)
+    outputs = {output.egress for output in plan.outputs}
+    problems = [trouble[what] for what in sorted(plan.needs() & trouble.keys() - outputs, key=str)]
+    states = [output_state(output, trouble) for output in plan.outputs]
+    return next(iter(problems + [state for state in states if state != UP]), UP)

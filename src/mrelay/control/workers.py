@@ -2,15 +2,19 @@
 
 Owns one Worker for each that was ever up. Called by main (up and down), reconcile (rules) and stats
 (counters). Nothing blocks; an answer is awaited until its deadline, so a stuck worker delays, never stops.
+With each answer a worker says a digest of the rules it has in force; one that has others than it was told gets
+all of them again.
 """
 
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from socket import socket
+from typing import NamedTuple
 
 from mrelay.control.channel import AsyncChannel
 from mrelay.control.slots import Counts
@@ -27,16 +31,34 @@ from mrelay.messages import (
     WorkerDown,
     WorkerUp,
 )
+from mrelay.model.ruleset import rules_digest
 
 log = logging.getLogger(__name__)
 
+REPAIR_PAUSE = 10.0  # seconds between two repairs of one worker
 COMMIT_DEADLINE = 5.0  # seconds
 SYNC_DEADLINE = 1.0  # seconds
+EGRESS = ("io_uring", "sendmmsg")
+
+
+class Order(NamedTuple):
+    """What every worker should have in force from Commit `generation` on, by slot, and the rules' digest."""
+
+    generation: int
+    rules: Mapping[int, PutRule]
+    digest: int
+
+
+NOTHING = Order(0, {}, 0)
 
 
 @dataclass(slots=True)
 class Worker:
-    """`channel` is None while the worker is down; `sent` is what it was told since it came up."""
+    """`channel` is None while the worker is down. `told` is the last order it was given since it came up.
+
+    `fresh`: the next order is told as a whole. `trouble` and `retry` (monotonic): why it is down for longer, and
+    until when. `repairs` counts how often it had other rules in force than it was told.
+    """
 
     number: int
     core: int
@@ -46,18 +68,31 @@ class Worker:
     channel: AsyncChannel | None
     state: str = "starting"
     egress: str = ""
-    sent: dict[int, PutRule] = field(default_factory=dict)
-    fresh: bool = True  # never told a Commit yet
+    told: Order = NOTHING
+    fresh: bool = True
+    trouble: str = ""
+    retry: float = 0.0
+    repairs: int = 0
+    repaired: float = 0.0  # monotonic
     awaited: dict[tuple[type[Message], int], asyncio.Future[None]] = field(default_factory=dict)
+
+    def state_text(self) -> str:
+        """For people: `state`, or what keeps it down."""
+        if self.channel is not None or not self.trouble:
+            return self.state
+        return f"{self.trouble}: next try in {max(0.0, self.retry - time.monotonic()):.0f} s"
 
 
 class Workers:
-    """All of them, by number. `on_up` is called when one came up, `on_bad` when one sent nonsense."""
+    """All of them, by number.
+
+    `on_up` is called when one came up or must be told its rules again, `on_bad` when one sent nonsense.
+    """
 
     def __init__(self, on_up: Callable[[], None], on_bad: Callable[[BadMessage], None]) -> None:
         self.by_number: dict[int, Worker] = {}
         self._on_up, self._on_bad = on_up, on_bad
-        self._generation = 0
+        self._order = NOTHING
         self._sync = 0
 
     def up(self, message: WorkerUp, fds: list[int]) -> None:
@@ -70,10 +105,16 @@ class Workers:
         os.close(counters_fd)
         worker = Worker(message.worker, message.core, message.pid, message.restarts, counters, None)
         worker.state = "restarting" if message.restarts else "starting"
+        worker.repairs = old.repairs if old else 0
         self.by_number[message.worker] = worker
         worker.channel = AsyncChannel(
-            socket(fileno=channel_fd), partial(self._receive, worker), partial(self._ended, worker)
+            socket(fileno=channel_fd),
+            partial(self._receive, worker),
+            partial(self._ended, worker),
+            takes_fds=False,
         )
+        if self._order is not NOTHING:  # at once: a pass of the reconciler may wait for other workers
+            _tell(worker, self._order)
         self._on_up()
 
     def down(self, message: WorkerDown) -> None:
@@ -83,6 +124,7 @@ class Workers:
         if worker is not None:
             worker.restarts = message.restarts
             self._lost(worker)
+            worker.trouble, worker.retry = message.trouble, time.monotonic() + message.delay
 
     def live(self) -> list[Worker]:
         """Those that can be told something."""
@@ -90,18 +132,24 @@ class Workers:
 
     async def put(self, rules: Mapping[int, PutRule]) -> None:
         """Make every live worker run exactly these rules, by slot; returns at the deadline if need be."""
-        self._generation += 1
-        due = [worker for worker in self.live() if worker.fresh or worker.sent != rules]
+        generation = self._order.generation + 1
+        self._order = Order(generation, dict(rules), rules_digest(rules.values()))
+        due = [worker for worker in self.live() if worker.fresh or worker.told.rules != rules]
+        answers = {_await(worker, Committed, generation): worker for worker in due}
         for worker in due:
-            _send_difference(worker, rules)
-        late = await _ask(due, Commit(self._generation), Committed, self._generation, COMMIT_DEADLINE)
-        for worker in late:
-            log.error("worker %d did not take generation %d in time", worker.number, self._generation)
+            _tell(worker, self._order)
+        for worker in await _late(answers, Committed, generation, COMMIT_DEADLINE):
+            log.error("worker %d did not take generation %d in time", worker.number, generation)
 
     async def sync(self) -> None:
         """Have every live worker bring its counters up to date, for at most the deadline."""
         self._sync += 1
-        await _ask(self.live(), Sync(self._sync), Synced, self._sync, SYNC_DEADLINE)
+        number = self._sync
+        answers = {_await(worker, Synced, number): worker for worker in self.live()}
+        for worker in answers.values():
+            if worker.channel is not None:
+                worker.channel.send(Sync(number))
+        await _late(answers, Synced, number, SYNC_DEADLINE)
 
     def read_rule(self, slot: int) -> Counts:
         """What a rule's slot holds, over all workers: packets, bytes."""
@@ -115,17 +163,29 @@ class Workers:
         columns = [getattr(worker.counters, table)[:, slot].tolist() for worker in self.by_number.values()]
         return tuple(map(sum, zip(*columns, strict=True))) if columns else (0,) * width
 
-    def _receive(self, worker: Worker, message: Message, fds: list[int]) -> None:
-        for fd in fds:
-            os.close(fd)
-        if isinstance(message, Committed):
+    def _receive(self, worker: Worker, message: Message, _: list[int]) -> None:
+        if isinstance(message, Committed) and message.egress in EGRESS:
             worker.egress = message.egress
             worker.state = "running"
+            self._compare(worker, message)
             _answer(worker, Committed, message.generation)
         elif isinstance(message, Synced):
+            self._compare(worker, message)
             _answer(worker, Synced, message.id)
         else:
-            raise BadMessage(f"worker {worker.number} sent {type(message).__name__}")
+            raise BadMessage(f"worker {worker.number} sent {message!r}")
+
+    def _compare(self, worker: Worker, said: Committed | Synced) -> None:
+        """Repair a worker that has other rules in force than it was told."""
+        if said.generation != worker.told.generation or said.digest == worker.told.digest:
+            return
+        now = time.monotonic()
+        if worker.repairs and now - worker.repaired < REPAIR_PAUSE:
+            return
+        worker.repaired, worker.repairs, worker.fresh = now, worker.repairs + 1, True
+        level = logging.ERROR if worker.repairs == 1 else logging.DEBUG
+        log.log(level, "worker %d has other rules than it was told: telling it all of them", worker.number)
+        self._on_up()
 
     def _ended(self, worker: Worker, error: BadMessage | None) -> None:
         self._lost(worker)
@@ -148,31 +208,30 @@ def _two(fds: list[int]) -> tuple[int, int]:
     return fds[0], fds[1]
 
 
-def _send_difference(worker: Worker, rules: Mapping[int, PutRule]) -> None:
+def _tell(worker: Worker, order: Order) -> None:
+    """Send what makes the worker's rules those of the order, and the Commit."""
     if worker.channel is None:
         return
-    for slot in worker.sent.keys() - rules.keys():
+    old = {} if worker.fresh else worker.told.rules
+    for slot in old.keys() - order.rules.keys():
         worker.channel.send(DropRule(slot))
-    for slot, rule in rules.items():
-        if worker.sent.get(slot) != rule:
+    for slot, rule in order.rules.items():
+        if old.get(slot) != rule:
             worker.channel.send(rule)
-    worker.sent, worker.fresh = dict(rules), False
+    worker.channel.send(Commit(order.generation, worker.fresh))
+    worker.told, worker.fresh = order, False
 
 
-async def _ask(
-    workers: list[Worker], question: Commit | Sync, answer: type[Message], number: int, deadline: float
+async def _late(
+    answers: dict[asyncio.Future[None], Worker], kind: type[Message], number: int, deadline: float
 ) -> list[Worker]:
-    """Send to each, and wait for each one's answer; those that gave none in time."""
-    futures = {_await(worker, answer, number): worker for worker in workers}
-    if not futures:
+    """Wait for each worker's answer; those that gave none in time."""
+    if not answers:
         return []
-    for worker in workers:
-        if worker.channel is not None:
-            worker.channel.send(question)
-    _, late = await asyncio.wait(futures, timeout=deadline)
-    for worker in workers:
-        worker.awaited.pop((answer, number), None)
-    return [futures[future] for future in late]
+    _, late = await asyncio.wait(answers, timeout=deadline)
+    for worker in answers.values():
+        worker.awaited.pop((kind, number), None)
+    return [answers[future] for future in late]
 
 
 def _await(worker: Worker, answer: type[Message], number: int) -> asyncio.Future[None]:

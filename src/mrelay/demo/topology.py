@@ -111,9 +111,9 @@ class Topology:
             namespace.bring_up("lo")
         for scope in ("all", "default"):
             self.relay.sysctl(f"ipv4/conf/{scope}/rp_filter", RP_FILTER)
-        _join(End(self.source, "s0", SOURCE), End(self.relay, "in0", "192.0.2.1"))
-        _join(End(self.receivers[0], "r1", "198.51.100.2"), End(self.relay, "out1", "198.51.100.1"))
-        _join(End(self.receivers[1], "r2", "203.0.113.2"), End(self.relay, "out2", "203.0.113.1"))
+        connect(End(self.source, "s0", SOURCE), End(self.relay, "in0", "192.0.2.1"))
+        connect(End(self.receivers[0], "r1", "198.51.100.2"), End(self.relay, "out1", "198.51.100.1"))
+        connect(End(self.receivers[1], "r2", "203.0.113.2"), End(self.relay, "out2", "203.0.113.1"))
 
 
 class End(NamedTuple):
@@ -124,7 +124,7 @@ class End(NamedTuple):
     address: str
 
 
-def _join(one: End, other: End) -> None:
+def connect(one: End, other: End) -> None:
     """A veth pair between two namespaces, both ends addressed and up."""
     peer = {"ifname": other.interface, "net_ns_fd": other.namespace.fd}
     with one.namespace.inside(), IPRoute() as ip:

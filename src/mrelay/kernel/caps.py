@@ -1,8 +1,8 @@
 """Capabilities, and the one-way drop of every privilege.
 
-Owns capset(2) and the prctl(2) calls around it. The supervisor asks `missing` and uses
-`set_parent_death_signal`; control and workers call `drop_privileges` before they read anything that
-others sent. Nothing here blocks.
+Owns capset(2) and the prctl(2) calls around it. The supervisor asks `missing` and calls `keep_only`;
+control and workers call `drop_privileges` before they read anything that others sent, and
+`set_parent_death_signal`. Nothing here blocks.
 """
 
 import ctypes
@@ -76,6 +76,28 @@ def set_parent_death_signal(signal: int) -> None:
     prctl(PR_SET_PDEATHSIG, signal)
 
 
+def keep_only(caps: Iterable[int]) -> None:
+    """Give up every capability but these, for this process and all it starts; for good.
+
+    Those that are not held now are not gained. Nor can a program that is set-uid or has file
+    capabilities bring any back. Raises PrivilegeError when any step fails, or anything is left.
+    """
+    keep = sum(1 << cap for cap in set(caps))
+    try:
+        _drop_bounding_set(keep)
+        status = _status("/proc/thread-self/status")
+        permitted, inheritable = (int(status[name], 16) & keep for name in ("CapPrm", "CapInh"))
+        _set_capabilities(permitted, inheritable)  # the ambient set follows
+        prctl(PR_SET_NO_NEW_PRIVS, 1)
+        prctl(PR_SET_DUMPABLE, 0)
+    except OSError as error:
+        raise PrivilegeError(f"cannot give up capabilities: {error}") from error
+    status = _status("/proc/thread-self/status")
+    for name in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+        if int(status[name], 16) & ~keep:
+            raise PrivilegeError(f"{name} is {status[name]} after the drop")
+
+
 def drop_privileges(uid: int, gid: int) -> None:
     """Become `uid` and `gid`, without other groups, capabilities or a way to get any; for good.
 
@@ -95,28 +117,31 @@ def drop_privileges(uid: int, gid: int) -> None:
 def _drop(uid: int, gid: int) -> None:
     prctl(PR_SET_KEEPCAPS, 0)
     prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
-    _drop_bounding_set()
+    _drop_bounding_set(0)
     if not set(os.getgroups()) <= {gid}:
         os.setgroups([])
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
-    _clear_capabilities()
+    _set_capabilities(0, 0)
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     prctl(PR_SET_DUMPABLE, 0)  # last: a change of ids sets it anew
 
 
-def _drop_bounding_set() -> None:
+def _drop_bounding_set(keep: int) -> None:
     """Needs CAP_SETPCAP. Without it the set stays, which no_new_privs makes harmless."""
     if missing([CAP_SETPCAP]):
         return
     for cap in range(int(Path("/proc/sys/kernel/cap_last_cap").read_text()) + 1):
-        prctl(PR_CAPBSET_DROP, cap)
+        if not keep >> cap & 1:
+            prctl(PR_CAPBSET_DROP, cap)
 
 
-def _clear_capabilities() -> None:
-    """Effective, permitted and inheritable sets of the calling thread to nothing."""
+def _set_capabilities(permitted: int, inheritable: int) -> None:
+    """The calling thread's sets, as masks; effective is what is permitted."""
     header = struct.pack("=Ii", _LINUX_CAPABILITY_VERSION_3, 0)
-    if _libc.capset(header, bytes(24)) < 0:
+    # struct __user_cap_data_struct twice: effective, permitted, inheritable, for the low and high 32 bits
+    words = [sets >> shift & 0xFFFFFFFF for shift in (0, 32) for sets in (permitted, permitted, inheritable)]
+    if _libc.capset(header, struct.pack("=6I", *words)) < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), "capset")
 

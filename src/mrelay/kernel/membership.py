@@ -6,10 +6,15 @@ filter; a hold keeps the host from answering unicast input with port-unreachable
 taken elsewhere, so every helper socket drops all it gets. Nothing here blocks.
 """
 
+import ctypes
 import errno
+import os
 import socket
 import struct
+import sys
+from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from pathlib import Path
 from typing import Final
 
 from mrelay.kernel import cbpf
@@ -19,6 +24,8 @@ MCAST_JOIN_GROUP: Final = 42
 MCAST_LEAVE_GROUP: Final = 45
 MCAST_JOIN_SOURCE_GROUP: Final = 46
 MCAST_LEAVE_SOURCE_GROUP: Final = 47
+MCAST_MSFILTER: Final = 48
+MCAST_EXCLUDE: Final = 0
 IP_MULTICAST_ALL: Final = 49
 IPV6_MULTICAST_ALL: Final = 29
 
@@ -32,6 +39,10 @@ _LIMITS: Final = {
 }
 
 
+_MOST_SOURCES: Final = 512  # of one group on one socket; igmp_max_msf is 10 and mld_max_msf 64 by default
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
 class MembershipError(OSError):
     """A fresh socket cannot take even one membership; `sysctl` names what may be too low."""
 
@@ -43,8 +54,15 @@ class MembershipError(OSError):
 class MembershipPool:
     """The memberships of one interface, spread over as many sockets as the kernel's limits ask for."""
 
-    def __init__(self, ifindex: int) -> None:
+    def __init__(
+        self,
+        ifindex: int,
+        opened: Callable[[socket.socket], object] = lambda _: None,
+        closing: Callable[[socket.socket], object] = lambda _: None,
+    ) -> None:
+        """`opened` is told of each new socket, `closing` of each that has nothing left to hold."""
         self.ifindex = ifindex
+        self._opened, self._closing = opened, closing
         self._helpers: list[_Helper] = []
         self._held: dict[tuple[Address, Address | None], _Helper] = {}
 
@@ -60,6 +78,8 @@ class MembershipPool:
         key = _key(group, source)
         if key in self._held:
             return
+        if self._take_over(*key):
+            return
         for helper in self._helpers:
             if helper.fits(*key) and self._join_on(helper, *key):
                 return
@@ -72,16 +92,46 @@ class MembershipPool:
         if helper is None:
             return
         helper.leave(self.ifindex, *key)
-        if not helper.groups:
-            self._helpers.remove(helper)
-            helper.sock.close()
+        if not helper.groups and not helper.old:
+            self._drop(helper)
+
+    def adopt(self, sock: socket.socket) -> None:
+        """Take a pool's socket from an earlier life, and with it what it has joined: `join` finds that there."""
+        version = 4 if sock.family == socket.AF_INET else 6
+        self._helpers.append(_Helper(version, sock))
+
+    def leave_unclaimed(self) -> None:
+        """Leave what adopted sockets have joined and nobody asked for since."""
+        for helper in [helper for helper in self._helpers if helper.old]:
+            for group in _groups_on(self.ifindex, helper.version):
+                for source in helper.joined(self.ifindex, group) - helper.groups.get(group, set()):
+                    helper.groups.setdefault(group, set()).add(source)
+                    helper.leave(self.ifindex, group, source)
+            helper.old = False
+            if not helper.groups:
+                self._drop(helper)
 
     def close(self) -> None:
-        """Leave everything."""
+        """Close every socket: that leaves everything, unless a service manager keeps copies."""
         for helper in self._helpers:
             helper.sock.close()
         self._helpers.clear()
         self._held.clear()
+
+    def _take_over(self, group: Address, source: Address | None) -> bool:
+        """Whether an adopted socket holds this already, and the interface agrees."""
+        for helper in self._helpers:
+            held = helper.old and helper.version == group.version and source in helper.joined(self.ifindex, group)
+            if held and group in _groups_on(self.ifindex, group.version):
+                helper.groups.setdefault(group, set()).add(source)
+                self._held[group, source] = helper
+                return True
+        return False
+
+    def _drop(self, helper: "_Helper") -> None:
+        self._helpers.remove(helper)
+        self._closing(helper.sock)
+        helper.sock.close()
 
     def _join_on(self, helper: "_Helper", group: Address, source: Address | None) -> bool:
         """False when the kernel has no more room on this socket."""
@@ -104,14 +154,19 @@ class MembershipPool:
             helper.sock.close()
             raise
         self._helpers.append(helper)
+        self._opened(helper.sock)
 
 
 class _Helper:
-    """One socket and what it joined: for each group its sources, or None in their place for any source."""
+    """One socket and what it joined: for each group its sources, or None in their place for any source.
 
-    def __init__(self, version: int) -> None:
+    `old`: it was adopted, and may have joined more than we know of. It takes no new groups then.
+    """
+
+    def __init__(self, version: int, sock: socket.socket | None = None) -> None:
         self.version = version
-        self.sock = _mute_socket(version)
+        self.old = sock is not None
+        self.sock = sock or _mute_socket(version)
         self.groups: dict[Address, set[Address | None]] = {}
         self.full = False  # the kernel refused one more group; until one is left
 
@@ -120,12 +175,30 @@ class _Helper:
 
         Any-source and source-specific membership of one group never share a socket: the kernel refuses.
         """
-        if group.version != self.version:
+        if group.version != self.version or self.old:
             return False
         held = self.groups.get(group)
         if held is None:
             return not self.full
         return source is not None and None not in held
+
+    def joined(self, ifindex: int, group: Address) -> set[Address | None]:
+        """What the kernel says this socket has joined of `group`: sources, or None for any source."""
+        # struct group_filter (linux/in.h): interface, group, mode, count of sources, the sources
+        head = struct.pack("@I4x", ifindex) + _sockaddr_storage(group) + struct.pack("=II", 0, _MOST_SOURCES)
+        data = ctypes.create_string_buffer(head, len(head) + 128 * _MOST_SOURCES)
+        size = ctypes.c_uint32(len(data))
+        if _libc.getsockopt(self.sock.fileno(), _level(group), MCAST_MSFILTER, data, ctypes.byref(size)):
+            number = ctypes.get_errno()
+            if number in _GONE:
+                return set()
+            raise OSError(number, os.strerror(number), "MCAST_MSFILTER")
+        mode, count = struct.unpack_from("=II", data.raw, len(head) - 8)
+        if mode == MCAST_EXCLUDE:
+            return {None}
+        at, width = (4, 4) if group.version == 4 else (8, 16)  # of the address in its sockaddr
+        starts = [len(head) + 128 * i + at for i in range(min(count, _MOST_SOURCES))]
+        return {ip_address(data.raw[start : start + width]) for start in starts}
 
     def join(self, ifindex: int, group: Address, source: Address | None) -> None:
         option = MCAST_JOIN_GROUP if source is None else MCAST_JOIN_SOURCE_GROUP
@@ -181,6 +254,28 @@ class UnicastPool:
         for sock in self._held.values():
             sock.close()
         self._held.clear()
+
+
+def _groups_on(ifindex: int, version: int) -> set[Address]:
+    """The groups that somebody on this host joined on the interface (/proc/net/igmp, /proc/net/igmp6)."""
+    return set(_igmp(ifindex) if version == 4 else _igmp6(ifindex))
+
+
+def _igmp(ifindex: int) -> Iterator[Address]:
+    current = 0
+    for line in Path("/proc/net/igmp").read_text(encoding="ascii").splitlines()[1:]:
+        words = line.split()
+        if not line.startswith("\t"):
+            current = int(words[0])
+        elif current == ifindex:
+            yield IPv4Address(int(words[0], 16).to_bytes(4, sys.byteorder))
+
+
+def _igmp6(ifindex: int) -> Iterator[Address]:
+    for line in Path("/proc/net/igmp6").read_text(encoding="ascii").splitlines():
+        words = line.split()
+        if int(words[0]) == ifindex:
+            yield IPv6Address(bytes.fromhex(words[2]))
 
 
 def _mute_socket(version: int) -> socket.socket:

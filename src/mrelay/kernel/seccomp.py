@@ -1,7 +1,8 @@
-"""The system calls that a worker may still make.
+"""The system calls that control and a worker may still make.
 
-Owns the seccomp filter: an allow-list by number, compiled to classic BPF. The worker calls
-`restrict_worker` after set-up, when its imports are done and its privileges dropped. Nothing here
+Owns the seccomp filters: for each role an allow-list, some calls for certain arguments only, compiled to
+classic BPF. child.confine calls `restrict` when a role's imports are done and its privileges dropped. The lists
+are what scripts/measure_syscalls.py saw while the tests ran, and the few that its comments name. Nothing here
 blocks.
 
 io_uring requests are not system calls and pass no filter: a ring that was set up before must have been
@@ -12,11 +13,13 @@ import ctypes
 import errno
 import os
 import platform
-from collections.abc import Iterable
+import socket
+from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-from mrelay.kernel import cbpf
+from mrelay.kernel import cbpf, udp
 from mrelay.kernel.caps import PR_SET_NO_NEW_PRIVS, prctl
+from mrelay.kernel.syscalls import CALLS, MACHINES
 
 # linux/seccomp.h
 SECCOMP_SET_MODE_FILTER: Final = 1
@@ -28,122 +31,89 @@ REFUSE: Final = SECCOMP_RET_ERRNO | errno.EPERM
 # struct seccomp_data: int nr, u32 arch, u64 instruction_pointer, u64 args[6]
 _DATA_NR: Final = 0
 _DATA_ARCH: Final = 4
-_DATA_ARG_1: Final = 24  # the low words of two arguments, little-endian
-_DATA_ARG_2: Final = 32
+_DATA_ARGS: Final = 16  # eight bytes each, little-endian, so their low words come first
+
 PROT_EXEC: Final = 4  # asm-generic/mman-common.h
 FIONBIO: Final = 0x5421  # asm-generic/ioctls.h
-
-
-class Machine(NamedTuple):
-    """An architecture: linux/audit.h's name for it, and the number of seccomp(2)."""
-
-    audit_arch: int
-    seccomp: int
-
-
-MACHINES: Final = {
-    "x86_64": Machine(0xC000003E, 317),  # AUDIT_ARCH_X86_64
-    "aarch64": Machine(0xC00000B7, 277),  # AUDIT_ARCH_AARCH64
-}
-
-# (x86_64, aarch64): asm/unistd_64.h, asm-generic/unistd.h
-CALLS: Final[dict[str, tuple[int, int]]] = {
-    "brk": (12, 214),
-    "clock_getres": (229, 114),
-    "clock_gettime": (228, 113),
-    "clock_nanosleep": (230, 115),
-    "close": (3, 57),
-    "dup": (32, 23),
-    "epoll_create1": (291, 20),
-    "epoll_ctl": (233, 21),
-    "epoll_pwait": (281, 22),
-    "eventfd2": (290, 19),
-    "exit": (60, 93),
-    "exit_group": (231, 94),
-    "fcntl": (72, 25),
-    "fstat": (5, 80),
-    "futex": (202, 98),
-    "getcpu": (309, 168),
-    "getpeername": (52, 205),
-    "getpid": (39, 172),
-    "getppid": (110, 173),
-    "getrandom": (318, 278),
-    "getrusage": (98, 165),
-    "getsockname": (51, 204),
-    "getsockopt": (55, 209),
-    "gettid": (186, 178),
-    "gettimeofday": (96, 169),
-    "io_uring_enter": (426, 426),
-    "ioctl": (16, 29),
-    "lseek": (8, 62),
-    "madvise": (28, 233),
-    "membarrier": (324, 283),
-    "mmap": (9, 222),
-    "mprotect": (10, 226),
-    "mremap": (25, 216),
-    "munmap": (11, 215),
-    "nanosleep": (35, 101),
-    "newfstatat": (262, 79),
-    "ppoll": (271, 73),
-    "pselect6": (270, 72),
-    "read": (0, 63),
-    "readv": (19, 65),
-    "recvfrom": (45, 207),
-    "recvmmsg": (299, 243),
-    "recvmsg": (47, 212),
-    "restart_syscall": (219, 128),
-    "rt_sigaction": (13, 134),
-    "rt_sigprocmask": (14, 135),
-    "rt_sigreturn": (15, 139),
-    "rt_sigtimedwait": (128, 137),
-    "sched_getaffinity": (204, 123),
-    "sched_yield": (24, 124),
-    "sendmmsg": (307, 269),
-    "sendmsg": (46, 211),
-    "sendto": (44, 206),
-    "setsockopt": (54, 208),
-    "shutdown": (48, 210),
-    "sigaltstack": (131, 132),
-    "write": (1, 64),
-    "writev": (20, 66),
-    # x86_64 only: newer architectures have the p-variants alone, given here again
-    "epoll_wait": (232, 22),
-    "poll": (7, 73),
-    "select": (23, 72),
-}
+CLONE_THREAD: Final = 0x00010000  # linux/sched.h
+NETLINK_ROUTE: Final = 0  # linux/netlink.h
+# linux/fcntl.h, asm-generic/fcntl.h. Not among them: F_SETOWN and F_SETSIG, which make the kernel send signals.
+F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC = 1, 2, 3, 4, 1030
 
 
 class Guard(NamedTuple):
-    """A call that is allowed only for some values of one argument: `test` with `k` decides, and
-    `when_true` says whether a true answer allows it."""
+    """What one argument (its low 32 bits) must be: one of `values`, or have a bit of `has`, or none of `lacks`."""
 
     argument: int
-    test: int
-    k: int
-    when_true: bool
+    values: tuple[int, ...] = ()
+    has: int = 0
+    lacks: int = 0
 
 
-GUARDS: Final = {
-    "ioctl": Guard(_DATA_ARG_1, cbpf.BPF_JEQ, FIONBIO, True),
-    "mmap": Guard(_DATA_ARG_2, cbpf.BPF_JSET, PROT_EXEC, False),
-    "mprotect": Guard(_DATA_ARG_2, cbpf.BPF_JSET, PROT_EXEC, False),
+Allowed = Mapping[str, tuple[Guard, ...]]  # by name; the call passes when all its guards do
+
+
+def _plainly(*names: str) -> dict[str, tuple[Guard, ...]]:
+    """Calls that are allowed whatever their arguments."""
+    return dict.fromkeys(names, ())
+
+
+_NO_CODE: Final = (Guard(2, lacks=PROT_EXEC),)
+_BOTH: Final[Allowed] = {
+    # memory, locks, the end
+    **_plainly("brk", "madvise", "munmap", "futex", "getpid", "clock_gettime", "exit_group"),
+    # descriptors and sockets that are there
+    **_plainly("close", "getpeername", "getsockname", "getsockopt", "newfstatat", "recvmsg", "sendmsg", "write"),
+    # seldom seen: large blocks that grow, signals, calls that one broke off, the last words of who fails
+    **_plainly("mremap", "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack", "restart_syscall"),
+    # how another Python or C library may say what is above
+    **_plainly("sched_yield", "fstat", "gettid", "getrandom", "lseek"),
+    "fcntl": (Guard(1, (F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC)),),
+    "ioctl": (Guard(1, (FIONBIO,)),),
+    "mmap": _NO_CODE,
+    "mprotect": _NO_CODE,
 }
-WORKER: Final = frozenset(CALLS)
+_SEND_OPTIONS: Final = (
+    *(udp.IP_TTL, udp.IP_MULTICAST_TTL, udp.IP_TOS),
+    *(udp.IPV6_UNICAST_HOPS, udp.IPV6_MULTICAST_HOPS, udp.IPV6_TCLASS),
+)
+WORKER: Final[Allowed] = {
+    **_BOTH,
+    **_plainly("io_uring_enter", "poll", "ppoll", "sendmmsg"),
+    "sched_setscheduler": (Guard(0, (0,)),),  # its own alone
+    # No joins, no binding, nothing of a receive ring (SOL_PACKET) but its filter. The two lists are checked
+    # apart, so a name also passes at another level; none of these does harm there.
+    "setsockopt": (
+        Guard(1, (socket.SOL_SOCKET, socket.IPPROTO_IP, socket.IPPROTO_IPV6)),
+        Guard(2, (cbpf.SO_ATTACH_FILTER, socket.SO_SNDBUF, udp.SO_SNDBUFFORCE, *_SEND_OPTIONS)),
+    ),
+}
+CONTROL: Final[Allowed] = {
+    **_BOTH,
+    **_plainly("accept4", "epoll_ctl", "epoll_pwait", "epoll_wait", "listen", "recvfrom", "sendto", "shutdown"),
+    # threads, which do what would block the event loop
+    **_plainly("clone3", "exit", "rseq", "sched_getaffinity", "set_robust_list"),
+    "clone": (Guard(0, has=CLONE_THREAD),),
+    # the state file (unlinkat only when it can't be written); where there is Landlock, nothing else can be opened
+    **_plainly("fsync", "getdents64", "openat", "read", "renameat", "renameat2", "unlinkat"),
+    # the list of links, and whose child we are
+    **_plainly("bind", "getppid"),
+    "socket": (Guard(0, (socket.AF_NETLINK,)), Guard(2, (NETLINK_ROUTE,))),
+    "setsockopt": (
+        Guard(1, (socket.SOL_SOCKET,)),
+        Guard(2, (socket.SO_SNDBUF, socket.SO_RCVBUF, udp.SO_SNDBUFFORCE)),
+    ),
+}
+ROLES: Final[dict[str, Allowed]] = {"control": CONTROL, "worker": WORKER}
+# Its flags lie in memory, where a filter can't look: so that the C library falls back to clone.
+_ABSENT: Final = {"clone3": SECCOMP_RET_ERRNO | errno.ENOSYS}
 
 
-def restrict_worker(otherwise: int = REFUSE) -> None:
-    """Allow every thread of this process what a running worker needs, and answer the rest with EPERM.
+def restrict(allowed: Allowed, otherwise: int = REFUSE) -> None:
+    """Allow every thread of this process these calls; `otherwise` (SECCOMP_RET_*) is the answer to the rest.
 
-    Not reversible. OSError: EINVAL or ENOSYS on a kernel without seccomp filters; ENOSYS on a machine
-    whose call numbers are not known here.
-    """
-    install(WORKER, otherwise)
-
-
-def install(allowed: Iterable[str], otherwise: int = REFUSE) -> None:
-    """Allow the calls of these names, for all threads; `otherwise` is the SECCOMP_RET_* for the rest.
-
-    A call through another architecture's entry (32-bit code) kills the process.
+    Not reversible. A call through another architecture's entry (32-bit code) kills the process. OSError:
+    EINVAL or ENOSYS on a kernel without seccomp filters; ENOSYS on a machine whose call numbers are not known.
     """
     machine = platform.machine()
     if machine not in MACHINES:
@@ -161,40 +131,52 @@ def install(allowed: Iterable[str], otherwise: int = REFUSE) -> None:
         raise OSError(errno.ESRCH, f"thread {result} cannot take the seccomp filter")
 
 
-def build(allowed: Iterable[str], otherwise: int, machine: str) -> list[cbpf.Insn]:
-    """The filter: one comparison a call, then the looks at arguments.
+def available() -> bool:
+    """Whether this kernel and machine can do what `restrict` does."""
+    return platform.machine() in MACHINES and os.path.exists("/proc/sys/kernel/seccomp/actions_avail")
+
+
+def build(allowed: Allowed, otherwise: int, machine: str) -> list[cbpf.Insn]:
+    """The filter: one comparison a call, then an answer or the looks at arguments.
 
     The length does not matter: the kernel remembers in a bitmap the calls that are allowed whatever their
     arguments, and runs the filter for the others alone.
     """
     column = list(MACHINES).index(machine)
-    numbers = {name: CALLS[name][column] for name in allowed}
-    guarded = [name for name in GUARDS if name in numbers]
-    # From the end of the comparisons: the refusing return, the allowing one, four instructions a guard.
-    targets = dict.fromkeys(numbers.values(), 1)
-    targets |= {numbers[name]: 2 + 4 * i for i, name in enumerate(guarded)}
-    tests = [
-        _jump(cbpf.BPF_JEQ, number, len(targets) - 1 - i + target, 0)
-        for i, (number, target) in enumerate(targets.items())
-    ]
+    blocks = {
+        CALLS[name][column]: [cbpf.ret(_ABSENT[name])] if name in _ABSENT else _look(guards, otherwise)
+        for name, guards in allowed.items()
+        if guards or name in _ABSENT
+    }
+    numbers = list(dict.fromkeys(CALLS[name][column] for name in allowed))
+    tests, answers = [], [cbpf.ret(otherwise), cbpf.ret(SECCOMP_RET_ALLOW)]
+    for left, number in zip(reversed(range(len(numbers))), numbers, strict=True):
+        target = 1 if number not in blocks else len(answers)
+        answers += blocks.get(number, [])
+        tests.append(_jump(cbpf.BPF_JEQ, number, left + target, 0))
     return [
         cbpf.load(_DATA_ARCH),
         _jump(cbpf.BPF_JEQ, MACHINES[machine].audit_arch, 1, 0),
         cbpf.ret(SECCOMP_RET_KILL_PROCESS),
         cbpf.load(_DATA_NR),
         *tests,
-        cbpf.ret(otherwise),
-        cbpf.ret(SECCOMP_RET_ALLOW),
-        *(insn for name in guarded for insn in _look(GUARDS[name], otherwise)),
+        *answers,
     ]
 
 
-def _look(guard: Guard, otherwise: int) -> list[cbpf.Insn]:
-    when_true, when_false = SECCOMP_RET_ALLOW, otherwise
-    if not guard.when_true:
-        when_true, when_false = when_false, when_true
-    test = _jump(guard.test, guard.k, 0, 1)
-    return [cbpf.load(guard.argument), test, cbpf.ret(when_true), cbpf.ret(when_false)]
+def _look(guards: tuple[Guard, ...], otherwise: int) -> list[cbpf.Insn]:
+    """Each guard goes on to the next, or refuses; behind the last one the call is allowed."""
+    program: list[cbpf.Insn] = []
+    for guard in guards:
+        program.append(cbpf.load(_DATA_ARGS + 8 * guard.argument))
+        for left, value in zip(reversed(range(len(guard.values))), guard.values, strict=True):
+            program.append(_jump(cbpf.BPF_JEQ, value, left + 1, 0))
+        if guard.has:
+            program.append(_jump(cbpf.BPF_JSET, guard.has, 1, 0))
+        if guard.lacks:
+            program.append(_jump(cbpf.BPF_JSET, guard.lacks, 0, 1))
+        program.append(cbpf.ret(otherwise))
+    return [*program, cbpf.ret(SECCOMP_RET_ALLOW)]
 
 
 def _jump(test: int, k: int, jt: int, jf: int) -> cbpf.Insn:

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, Val
 
 from mrelay.model.endpoint import Input, Network, Output, link_local, overlap, text_of
 from mrelay.model.issue import Issue, Table, fault, show
+from mrelay.model.rate import Rate, read_rate
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -115,6 +116,7 @@ class Rule(Table):
     # Before from and to, whose checks read them.
     link_local: bool = Field(default=False, strict=True, examples=["true"])
     allow_loop: bool = Field(default=False, strict=True, examples=["true"])
+    rate: Annotated[Rate | None, PlainValidator(read_rate)] = Field(default=None, examples=['"10kpps,50Mbit/s"'])
     from_: Annotated[Input, AfterValidator(_input_allowed)] = Field(
         validation_alias="from", serialization_alias="from", examples=['"eth0:239.1.1.1:5000"']
     )
@@ -132,6 +134,7 @@ class Rule(Table):
             "from": str(self.from_),
             "to": [str(output) for output in self.to],
             **allowed,
+            **({"rate": str(self.rate)} if self.rate else {}),
         }
 
 

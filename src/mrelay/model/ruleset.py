@@ -4,6 +4,7 @@ Owns the compiled rules (messages.PutRule) of one worker, indexed by interface a
 standard library only, since workers import it. See docs/decisions/D30.
 """
 
+import hashlib
 import ipaddress
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -38,14 +39,22 @@ class Destination(NamedTuple):
 
 
 class Route(NamedTuple):
-    """All of them, the rules that ask for it, and for each destination the links (counter slots) it serves."""
+    """All of them, the rules that ask for it, and for each destination the links (counter slots) it serves.
+
+    `limited` are those of the rules that have a rate; `masks` has for each destination a bit for each of them that
+    sends there, or 0 when a rule without a rate does: then it is never withheld.
+    """
 
     rules: tuple[int, ...]
     destinations: tuple[Destination, ...]
     links: tuple[tuple[int, ...], ...]
+    limited: tuple[int, ...]
+    masks: tuple[int, ...]
 
 
-NOWHERE = Route((), (), ())
+NOWHERE = Route((), (), (), (), ())
+RETURNED = Route((), (), (), (), ())  # what we sent ourselves has come back, and no rule allows a loop
+DIGEST_MASK = (1 << 64) - 1
 
 
 def address_text(family: int, address: int) -> str:
@@ -67,10 +76,24 @@ def takes(rule: PutRule, key: FlowKey) -> bool:
     )
 
 
+def rule_digest(rule: PutRule) -> int:
+    """64 bits that differ, as good as always, for rules that differ in anything; the same in every process."""
+    return int.from_bytes(hashlib.blake2b(repr(rule).encode(), digest_size=8).digest())
+
+
+def rules_digest(rules: Iterable[PutRule]) -> int:
+    """The same for a set of rules, in any order."""
+    return sum(map(rule_digest, rules)) & DIGEST_MASK
+
+
 class RuleSet:
-    """The rules in force. `put` and `drop` change it; a rule's slot is its identity and its rank."""
+    """The rules in force. `put` and `drop` change it; a rule's slot is its identity and its rank.
+
+    `digest` is `rules_digest` of them all, kept as they change.
+    """
 
     def __init__(self) -> None:
+        self.digest = 0
         self._rules: dict[int, PutRule] = {}
         self._exact: dict[tuple[int, int, int], set[int]] = defaultdict(set)
         self._wide: dict[tuple[int, int], set[int]] = defaultdict(set)
@@ -85,11 +108,13 @@ class RuleSet:
         self.drop(rule.rule)
         self._rules[rule.rule] = rule
         self._bucket(rule).add(rule.rule)
+        self.digest = (self.digest + rule_digest(rule)) & DIGEST_MASK
 
     def drop(self, slot: int) -> None:
         rule = self._rules.pop(slot, None)
         if rule is not None:
             self._bucket(rule).discard(slot)
+            self.digest = (self.digest - rule_digest(rule)) & DIGEST_MASK
 
     def _bucket(self, rule: PutRule) -> set[int]:
         if rule.group_low == rule.group_high:
@@ -110,21 +135,40 @@ class RuleSet:
         return [(r.group_low, r.group_high) for r in mine]
 
     def resolve(self, key: FlowKey) -> Route:
-        """The union of what all matching rules ask for; NOWHERE when none matches.
+        """The union of what all matching rules ask for; NOWHERE when none matches, RETURNED when none may take it.
 
         Two outputs with the same interface, address and port are one destination; the rule with the
         lower slot says its TTL, DSCP and source.
         """
         matching = [r for r in self._near(key.ifindex, key.family, key.group) if takes(r, key)]
-        found: dict[tuple[int, str, int], tuple[Destination, list[int]]] = {}
+        if not matching:
+            return NOWHERE
+        matching = [r for r in matching if key.source not in r.own]
+        if not matching:
+            return RETURNED
+        found: dict[tuple[int, str, int], tuple[Destination, list[int], list[int]]] = {}
         for rule in matching:
             for output in rule.outputs:
                 goal = _destination(output, key)
-                found.setdefault((goal.oif, goal.address, goal.port), (goal, []))[1].append(output.link)
-        if not matching:
-            return NOWHERE
-        goals = tuple(goal for goal, _ in found.values())
-        return Route(tuple(r.rule for r in matching), goals, tuple(tuple(links) for _, links in found.values()))
+                _, links, senders = found.setdefault((goal.oif, goal.address, goal.port), (goal, [], []))
+                links.append(output.link)
+                senders.append(rule.rule)
+        limited = tuple(r.rule for r in matching if r.pps or r.bps)
+        return Route(
+            tuple(r.rule for r in matching),
+            tuple(goal for goal, _, _ in found.values()),
+            tuple(tuple(links) for _, links, _ in found.values()),
+            limited,
+            tuple(_mask(senders, limited) for _, _, senders in found.values()),
+        )
+
+
+def _mask(senders: list[int], limited: tuple[int, ...]) -> int:
+    """Route.masks for one destination. Limited rules beyond the 64th share its bit."""
+    if any(rule not in limited for rule in senders):
+        return 0
+    bits = {1 << min(limited.index(rule), 63) for rule in senders}
+    return sum(bits)
 
 
 def _destination(output: RuleOutput, key: FlowKey) -> Destination:

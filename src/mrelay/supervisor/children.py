@@ -1,10 +1,11 @@
 """Starting, watching and ending the unprivileged processes.
 
-Owns their processes and the supervisor's ends of their channels. Called by supervisor.main. `end_all`
-blocks for as long as its deadline says; nothing else does.
+Owns their processes, the supervisor's ends of their channels, and what is shown of their troubles. Called by
+supervisor.main. `end_all` blocks for as long as its deadline says; nothing else does.
 """
 
 import fcntl
+import mmap
 import os
 import select
 import signal
@@ -13,52 +14,127 @@ import sys
 import time
 from typing import Final
 
+from mrelay import __version__, logs
+from mrelay.child import EX_PROTOCOL
 from mrelay.counters_size import counters_size
 from mrelay.messages import Channel, Message, channel_pair
+from mrelay.supervisor.backoff import CAP, BackOff
+from mrelay.supervisor.host import User
+from mrelay.supervisor.watch import LONG_WORK, SILENCE, Watch
 
-_BACKOFF: Final = (0.0, 0.1, 0.5, 2.0, 5.0)  # seconds before a restart, by how many came close together
 _GRACE: Final = 2.0  # seconds from closing its channel to its end
-_CALM: Final = 30.0  # seconds alive after which an end counts as the first again
+_SETTLED: Final = 10.0  # seconds of life after which its troubles are over
 # NumPy's BLAS would otherwise start a thread a core, in each worker.
 _ENVIRONMENT: Final = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+OUTDATED: Final = "another version of mrelay is installed than the one that runs: restart the relay"
+
+
+class Process:
+    """A fresh process with nothing of ours but stderr, its channel and its pulse. OSError when there is none."""
+
+    def __init__(self, command: list[str], uid: int, gid: int, busy: float) -> None:
+        ours, theirs = channel_pair()
+        pulse = shared_memory("mrelay-pulse", mmap.PAGESIZE)  # last: nothing else closes a bare descriptor
+        # The version comes first: a program of another version knows this one argument.
+        arguments = [__version__, *map(str, (theirs.fileno(), pulse, uid, gid))]
+        try:
+            with theirs:
+                self._popen = subprocess.Popen(
+                    command + arguments,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    cwd="/",
+                    pass_fds=[theirs.fileno(), pulse],
+                    env=_ENVIRONMENT | logs.environment(),
+                )
+        except OSError:
+            ours.close()
+            os.close(pulse)
+            raise
+        self.pid = self._popen.pid
+        self.pidfd = os.pidfd_open(self.pid)
+        self.channel: Channel | None = Channel(ours, takes_fds=False)
+        ours.setblocking(False)
+        self._pulse = pulse
+        self.watch = Watch(self.pid, pulse, time.monotonic(), busy)
+
+    def kill(self) -> None:
+        self._popen.kill()
+
+    def hang_up(self) -> None:
+        """Let go of its channel."""
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
+
+    def close(self) -> int:
+        """Clean up after its end; its status, as in subprocess."""
+        status = self._popen.wait()
+        self.hang_up()
+        os.close(self.pidfd)
+        os.close(self._pulse)
+        return status
 
 
 class Child:
-    """One role's process, started again whenever it ends. `name` is for the log."""
+    """One role, whose process is started again whenever it ends. `name` is for the log.
 
-    def __init__(self, name: str, module: str, uid: int, gid: int, core: int | None = None) -> None:
-        self.name, self.core, self.restarts = name, core, 0
-        self._command = [sys.executable, "-m", module]
+    `due`: when to start its process next (or to kill it, if it hung up); None while there is nothing to do.
+    `trouble`: why it is not simply restarted, in words; empty when all is well.
+    """
+
+    _busy: float = SILENCE  # seconds it may compute in one piece
+    _works_from_first_beat = True
+
+    def __init__(self, name: str, module: str, uid: int, gid: int) -> None:
+        self.name = name
+        # -P: the folder that the relay was started in is no place to take code from.
+        self._command = [sys.executable, "-P", "-m", module]
         self._uid, self._gid = uid, gid
-        self._process: subprocess.Popen[bytes] | None = None
-        self.pidfd = -1
-        self.channel: Channel | None = None
-        self.due: float | None = 0.0  # when to start it next (or to kill it, if it hung up); None while it runs
-        self._started = 0.0
-        self._quick_ends = 0
+        self.process: Process | None = None
+        self.due: float | None = 0.0
+        self.restarts, self.status, self.trouble = 0, 0, ""
+        self._works_since: float | None = None
+        self._hung = ""
+        self._back_off = BackOff()
 
     @property
     def pid(self) -> int:
-        return self._process.pid if self._process else 0
+        return self.process.pid if self.process else 0
 
-    def start(self) -> None:
-        """A fresh process with nothing of ours but stderr and its channel."""
-        ours, theirs = channel_pair()
-        arguments = [str(theirs.fileno()), str(self._uid), str(self._gid)]
-        with theirs:
-            self._process = subprocess.Popen(
-                self._command + arguments,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env=_ENVIRONMENT,
-            )
-        if self.core is not None:
-            os.sched_setaffinity(self._process.pid, {self.core})
-        self.pidfd = os.pidfd_open(self._process.pid)
-        self.channel = Channel(ours)
-        self.channel.sock.setblocking(False)
-        self.due, self._started = None, time.monotonic()
+    @property
+    def pidfd(self) -> int:
+        return self.process.pidfd if self.process else -1
+
+    @property
+    def channel(self) -> Channel | None:
+        return self.process.channel if self.process else None
+
+    @property
+    def delay(self) -> float:
+        """Seconds until its next start."""
+        return max(0.0, (self.due or 0.0) - time.monotonic())
+
+    def start(self, ready: Process | None = None) -> Process:
+        """Have a process from now on: `ready`, or a new one. OSError when there is none to be had."""
+        self._works_since, self._hung = None, ""
+        self.process = ready or Process(self._command, self._uid, self._gid, self._busy)
+        self.due = None
+        return self.process
+
+    def works(self) -> None:
+        """It has come as far as doing its work: its life begins."""
+        if self._works_since is None:
+            self._works_since = time.monotonic()
+
+    def _life(self) -> float:
+        """Seconds, without the start."""
+        return 0.0 if self._works_since is None else time.monotonic() - self._works_since
+
+    def give(self) -> Process | None:
+        """The process, if it runs: no more ours."""
+        process, self.process = self.process, None
+        return process
 
     def tell(self, message: Message, fds: list[int] | None = None) -> None:
         """Send to it; one that is gone or takes nothing any more is ended, and so restarted."""
@@ -71,52 +147,95 @@ class Child:
 
     def hung_up(self) -> None:
         """It closed its channel, so it should be ending; `due` is now when to help it along."""
-        if self.channel is not None:
-            self.channel.close()
-            self.channel = None
+        if self.process is not None:
+            self.process.hang_up()
         self.due = time.monotonic() + _GRACE
 
     def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
+        if self.process is not None:
+            self.process.kill()
+
+    def check(self, now: float) -> str:
+        """Look at its pulse. What is to be said of it now: it hangs and is killed, is late, or lives again."""
+        if self.process is None or self._hung:
+            return ""
+        was_late = self.process.watch.late
+        self._hung = self.process.watch.check(now)
+        if self._hung:
+            self.kill()
+            return f"hangs ({self._hung}): ending it"
+        if self.process.watch.late and not was_late:
+            return "is late, but left alone: it gets no processor time, waits in the kernel, or is traced"
+        if self._works_from_first_beat and self.process.watch.beaten:
+            self.works()
+        if self.trouble and self._life() > _SETTLED:
+            self.trouble = ""
+            return f"has run for {_SETTLED:.0f} s: its troubles are over"
+        return ""
 
     def ended(self) -> str:
         """Clean up after its end: why it ended. `due` says when it should start again."""
-        assert self._process is not None  # noqa: S101
-        status = self._process.wait()
-        os.close(self.pidfd)
-        self._process, self.pidfd = None, -1
-        if self.channel is not None:
-            self.channel.close()
-            self.channel = None
-        quick = time.monotonic() - self._started < _CALM
-        self._quick_ends = min(self._quick_ends + 1, len(_BACKOFF)) if quick else 1
-        self.due = time.monotonic() + _BACKOFF[self._quick_ends - 1]
+        assert self.process is not None  # noqa: S101  it ended, so there was one
+        self.status = self.process.close()
+        self.process = None
+        return self.failed(self._reason(), outdated=self.status == EX_PROTOCOL)
+
+    def _reason(self) -> str:
+        if self._hung:
+            return f"hung: {self._hung}"
+        return f"signal {signal.Signals(-self.status).name}" if self.status < 0 else f"exit status {self.status}"
+
+    def failed(self, reason: str, *, outdated: bool = False) -> str:
+        """It ended, or could not be started, for this reason."""
+        now, life = time.monotonic(), self._life()
         self.restarts += 1
-        self.status = status
-        return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        if outdated:  # no crash: nothing but a restart of the relay mends it, or the old package
+            self.due, self.trouble = now + CAP, OUTDATED
+        else:
+            self.due = now + self._back_off.ended(life)
+            self.trouble = f"crash loop ({reason})" if self._back_off.looping() else ""
+        return reason
+
+
+class ControlChild(Child):
+    """Control. The supervisor calls `works` when it says that it is ready."""
+
+    _busy = LONG_WORK
+    _works_from_first_beat = False
+
+
+class WorkerChild(Child):
+    """A worker, and the counters that outlive it."""
+
+    def __init__(self, number: int, core: int, flow_limit: int, user: User) -> None:
+        super().__init__(f"worker {number}", "mrelay.worker", *user)
+        self.number, self.core, self.flow_limit = number, core, flow_limit
+        self.counters = new_counters(flow_limit)
 
 
 def end_all(children: list[Child], message: Message, seconds: float) -> None:
     """Ask all to stop, wait, then insist."""
-    alive = [child for child in children if child.pidfd >= 0]
-    for child in alive:
+    alive = {child.pidfd: child for child in children if child.process is not None}
+    for child in alive.values():
         child.tell(message)
     deadline = time.monotonic() + seconds
     while alive:
         left = deadline - time.monotonic()
         if left <= 0:
-            for child in alive:
+            for child in alive.values():
                 child.kill()
-        ready, _, _ = select.select([child.pidfd for child in alive], [], [], max(left, 0.1))
-        for child in [c for c in alive if c.pidfd in ready]:
-            alive.remove(child)
-            child.ended()
+        for pidfd in select.select(list(alive), [], [], max(left, 0.1))[0]:
+            alive.pop(pidfd).ended()
 
 
 def new_counters(flow_limit: int) -> int:
-    """Shared memory for one worker's counters, of a fixed size so that nobody can make another's map fault."""
-    fd = os.memfd_create("mrelay-counters", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, counters_size(flow_limit))
+    """Shared memory for one worker's counters."""
+    return shared_memory("mrelay-counters", counters_size(flow_limit))
+
+
+def shared_memory(name: str, size: int) -> int:
+    """Memory to share, of a fixed size so that nobody can make another's map fault."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, size)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     return fd

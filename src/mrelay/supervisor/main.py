@@ -7,19 +7,19 @@ start-up fails otherwise.
 """
 
 import errno
-import grp
 import json
 import logging
 import os
-import pwd
+import resource
 import selectors
 import signal
 import socket
-import stat
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Final, NoReturn
 
+from mrelay import logs
 from mrelay.kernel import caps, notify
 from mrelay.messages import (
     BadMessage,
@@ -29,6 +29,8 @@ from mrelay.messages import (
     Granted,
     Held,
     Listen,
+    Listening,
+    LogLevel,
     Message,
     Ready,
     Release,
@@ -37,112 +39,162 @@ from mrelay.messages import (
     Revoked,
     Setup,
     StartWorkers,
+    Status,
     Stop,
     WorkerDown,
     WorkerSetup,
     WorkerUp,
     channel_pair,
 )
-from mrelay.supervisor.children import Child, end_all, new_counters
+from mrelay.supervisor.backoff import CAP
+from mrelay.supervisor.children import OUTDATED, Child, ControlChild, Process, WorkerChild, end_all
+from mrelay.supervisor.host import clear_path, find_group, find_users, listen_at, open_state_dir
 from mrelay.supervisor.resources import Refused, Resources
+from mrelay.supervisor.service import Service
+from mrelay.supervisor.watch import CHECK
 
 log = logging.getLogger("mrelay.supervisor")
 
 EX_NOPERM: Final = 77  # sysexits.h
 EX_CONFIG: Final = 78  # sysexits.h
 _NEEDED: Final = (caps.CAP_NET_RAW, caps.CAP_NET_ADMIN, caps.CAP_SETUID, caps.CAP_SETGID, caps.CAP_KILL)
+# Kept if we have them: for unicast inputs below port 1024, paths and groups that are not ours, and so that
+# children can empty their bounding sets.
+_USEFUL: Final = (caps.CAP_NET_BIND_SERVICE, caps.CAP_CHOWN, caps.CAP_DAC_OVERRIDE, caps.CAP_SETPCAP)
 _STOP_SECONDS: Final = 5.0
-_USER: Final = "mrelay"
+_SPARE_AFTER: Final = 0.5  # seconds after a start, which needs the processor more
 _MAX_FLOWS: Final = 1 << 20
 
 
-class WorkerChild(Child):
-    """A worker, and the counters that outlive it."""
-
-    def __init__(self, number: int, core: int, flow_limit: int, user: tuple[int, int]) -> None:
-        super().__init__(f"worker {number}", "mrelay.worker", *user, core=core)
-        self.number, self.flow_limit = number, flow_limit
-        self.counters = new_counters(flow_limit)
-
-
 class Supervisor:
-    """`options`: what `mrelay run` was told (config, engine, workers, socket, state_dir, user)."""
+    """`options`: what `mrelay run` was told (config, engine, workers, socket, state_dir, user, worker_user)."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
-        self._user = _find_user(options["user"])
+        user, self._worker_user = find_users(options["user"], options["worker_user"])
         self._resources = Resources()
+        self._resources.adopt()
         self._listener: socket.socket | None = None
+        self._listens: tuple[int, str | None] | None = None  # the mode and group that were asked for
         self._workers: list[WorkerChild] = []
-        self._control = Child("control", "mrelay.control", *self._user)
-        self._state_dir = _open_state_dir(options["state_dir"], self._user)
+        self._control = ControlChild("control", "mrelay.control", *user)
+        # Imported, unprivileged and waiting: takes the place of the next worker that ends.
+        self._spare = Child("spare worker", "mrelay.worker", *self._worker_user)
+        self._spare.due = None
+        self._state_dir = open_state_dir(options["state_dir"], user)
         self._selector = selectors.DefaultSelector()
-        self._ready = False
+        self._service = Service()
+        self._next_check = 0.0
 
     # ---- children --------------------------------------------------------------------------
 
     def _children(self) -> list[Child]:
-        return [self._control, *self._workers]
+        return [self._control, *self._workers, self._spare]
 
     def _start_due(self) -> None:
         now = time.monotonic()
         for child in self._children():
             if child.due is not None and child.due <= now:
-                if child.pidfd < 0:
+                if child.process is None:
                     self._start(child)
                 else:
                     child.kill()  # it hung up, but did not end
 
     def _start(self, child: Child) -> None:
-        child.start()
-        assert child.channel is not None  # noqa: S101  start made it
-        self._selector.register(child.pidfd, selectors.EVENT_READ, child)
-        self._selector.register(child.channel.sock, selectors.EVENT_READ, child)
-        if isinstance(child, WorkerChild):
-            self._introduce(child, equip=True)
-        else:
-            self._set_up_control()
+        try:
+            self._listen_to(child.start(self._take_spare() if isinstance(child, WorkerChild) else None), child)
+            if isinstance(child, WorkerChild):
+                self._introduce(child, equip=True)
+            elif child is self._control:
+                self._set_up_control()
+        except OSError as error:
+            # No memory, no process or no descriptor is to be had: one end more, and everything else goes on.
+            log.error("%s cannot be started: %s", child.name, error.strerror)
+            child.kill()
+            if child.process is None:
+                before = child.trouble
+                self._report(child, child.failed(f"cannot be started: {error.strerror}"), before)
+
+    def _take_spare(self) -> Process | None:
+        """The spare worker's process, if there is one. The next one waits until the worker has its rules."""
+        process = self._spare.give()
+        if process is not None:
+            self._listen_to(process, None)
+            self._spare.due = time.monotonic() + _SPARE_AFTER
+        return process
+
+    def _listen_to(self, process: Process, child: Child | None) -> None:
+        """Its end and its messages are `child`'s; None: nobody's any more."""
+        for fd in (process.pidfd, process.channel.fileno() if process.channel else -1):
+            if fd >= 0 and child is not None:
+                self._selector.register(fd, selectors.EVENT_READ, child)
+            elif fd >= 0:
+                self._selector.unregister(fd)
 
     def _set_up_control(self) -> None:
-        config, workers = self._options["config"], _workers_text(self._options["workers"])
-        fds = [self._state_dir]
-        if config is not None:
-            fds.append(os.open(config, os.O_RDONLY | os.O_CLOEXEC))
-        held = list(self._resources.held)
         restarted = self._control.restarts > 0
+        config, opened = self._open_config(restarted=restarted)
+        fds = [self._state_dir, *opened]
+        held, workers = list(self._resources.held), _workers_text(self._options["workers"])
         engine, state_dir = self._options["engine"], self._options["state_dir"]
         self._control.tell(Setup(config, state_dir, engine, workers, len(held), restarted), fds)
-        for fd in fds[1:]:
+        for fd in opened:
             os.close(fd)
         for what in held:
             self._control.tell(Held(what))
         for worker in self._workers:
-            if worker.channel is not None:
-                self._introduce(worker, equip=False)
+            self._introduce(worker, equip=False)
+            if worker.process is None:
+                self._control.tell(_down(worker, "it ended before control did"))
+
+    def _open_config(self, *, restarted: bool) -> tuple[str | None, list[int]]:
+        """The config file and its descriptor. A restarted control does without one that is gone."""
+        config = self._options["config"]
+        try:
+            return config, [os.open(config, os.O_RDONLY | os.O_CLOEXEC)] if config is not None else []
+        except OSError as error:
+            log.error("can't open %s: %s", config, error.strerror)
+            if not restarted:
+                self._give_up(EX_CONFIG)
+            return None, []
 
     def _introduce(self, worker: WorkerChild, *, equip: bool) -> None:
         """A new channel between this worker and control; a new worker also gets every socket."""
         theirs, its = channel_pair()
         with theirs, its:
-            setup = WorkerSetup(worker.number, worker.core or 0, worker.flow_limit)
+            setup = WorkerSetup(worker.number, worker.core, worker.flow_limit)
             worker.tell(setup, [its.fileno(), worker.counters])
+            worker.tell(LogLevel("worker", logs.levels()["worker"]))  # a spare was started under an older one
             for what, opened in self._resources.held.items() if equip else ():
                 if opened.sockets:
                     worker.tell(Granted(what, used=worker.restarts > 0), opened.fds(worker.number))
-            up = WorkerUp(worker.number, worker.core or 0, worker.pid, worker.restarts, worker.flow_limit)
+            up = WorkerUp(worker.number, worker.core, worker.pid, worker.restarts, worker.flow_limit)
             self._control.tell(up, [theirs.fileno(), worker.counters])
 
     def _child_ended(self, child: Child) -> None:
-        self._selector.unregister(child.pidfd)
-        if child.channel is not None:
-            self._selector.unregister(child.channel.sock)
-        reason = child.ended()
-        if child is self._control and child.restarts == 1 and not self._ready:
+        assert child.process is not None  # noqa: S101  it was running until now
+        self._listen_to(child.process, None)
+        before, reason = child.trouble, child.ended()
+        if child is self._control and child.restarts == 1 and not self._service.ready:
             self._give_up(child.status)
-        delay = max(0.0, (child.due or 0.0) - time.monotonic())
-        log.warning("%s ended (%s): starting it again in %.1f s", child.name, reason, delay)
+        self._report(child, reason, before)
+
+    def _report(self, child: Child, reason: str, trouble_before: str) -> None:
+        """Tell the log, and control, that a child is down; once and loudly when it is more than that."""
+        log.warning("%s ended (%s): starting it again in %.1f s", child.name, reason, child.delay)
+        if child.trouble and not trouble_before:
+            log.error("%s: %s", child.name, _remedy(child))
         if isinstance(child, WorkerChild):
-            self._control.tell(WorkerDown(child.number, child.restarts, reason))
+            self._control.tell(_down(child, reason))
+
+    def _check_pulses(self) -> None:
+        now = time.monotonic()
+        if now < self._next_check:
+            return
+        self._next_check = now + CHECK
+        for child in self._children():
+            if said := child.check(now):
+                log.warning("%s %s", child.name, said)
 
     def _give_up(self, status: int) -> NoReturn:
         """Control could not even start: a bad config (it said why), or something that trying again won't mend."""
@@ -158,72 +210,85 @@ class Supervisor:
             case Release(id, what):
                 self._answer(id, lambda: self._release(what))
             case Listen(id, mode, group):
-                self._answer(id, lambda: self._listen(mode, group))
+                self._answer(id, lambda: self._listen(id, mode, group))
             case StartWorkers(id, cores, flow_limit):
                 self._answer(id, lambda: self._start_workers(cores, flow_limit))
             case Ready(status):
                 self._announce(status)
+            case Status(text):
+                self._service.say(text)
+            case LogLevel(role, level):
+                self._set_log_level(role, level)
             case _:
                 raise BadMessage(f"{type(message).__name__} is not for the supervisor")
 
-    def _answer(self, id_: int, work: Any) -> None:
+    def _answer(self, id_: int, work: Callable[[], Done | Listening | None]) -> None:
         try:
-            fds: list[int] = work()
+            answer = work() or Done(id_)
         except Refused as error:
             self._control.tell(Failed(id_, errno.EPERM, str(error), error.remedy))
         except OSError as error:
             remedy = str(getattr(error, "remedy", ""))
             self._control.tell(Failed(id_, error.errno or 0, error.strerror or str(error), remedy))
         else:
-            self._control.tell(Done(id_), fds)
+            fds = [self._listener.fileno()] if isinstance(answer, Listening) and self._listener else []
+            self._control.tell(answer, fds)
 
-    def _grant(self, what: Resource) -> list[int]:
+    def _grant(self, what: Resource) -> None:
         new = what not in self._resources.held
         opened = self._resources.open(what)
         if new and opened.sockets:
             for worker in self._workers:
                 worker.tell(Granted(what, used=False), opened.fds(worker.number))
-        return []
 
-    def _release(self, what: Resource) -> list[int]:
+    def _release(self, what: Resource) -> None:
         opened = self._resources.held.get(what)
         if opened is not None and opened.sockets:
             for worker in self._workers:
                 worker.tell(Revoked(what))
         self._resources.close(what)
-        return []
 
-    def _listen(self, mode: int, group: str | None) -> list[int]:
-        if mode & 0o007 or mode & ~0o777:
-            raise Refused(f"mode {mode:o} would let everybody in", "use 0660 and a group")
-        gid = -1 if group is None else _find_group(group)
+    def _listen(self, id_: int, mode: int, group: str | None) -> Listening:
+        if mode & ~0o666:
+            raise Refused(f"{mode:o} is not the mode of a socket", "use 0660 and a group")
+        if self._listens not in (None, (mode, group)):
+            raise Refused("the API socket's mode and group can't be changed", "restart the relay to change them")
+        path = self._options["socket"]
         if self._listener is None:
-            self._listener = _listen_at(self._options["socket"])
-        os.chown(self._options["socket"], -1, gid)
-        os.chmod(self._options["socket"], mode)
-        return [self._listener.fileno()]
+            self._listener = listen_at(path, mode, -1 if group is None else find_group(group))
+            self._listens = mode, group
+        owner = os.lstat(path)
+        return Listening(id_, owner.st_uid, owner.st_gid)
 
-    def _start_workers(self, cores: tuple[int, ...], flow_limit: int) -> list[int]:
+    def _start_workers(self, cores: tuple[int, ...], flow_limit: int) -> None:
         if self._workers:
             same = [w.core for w in self._workers] == list(cores) and self._workers[0].flow_limit == flow_limit
             if not same:
                 raise Refused("workers can't be changed while they run", "restart the relay to change workers")
-            return []
+            return
         if not cores or len(set(cores)) != len(cores) or not set(cores) <= os.sched_getaffinity(0):
             raise Refused(f"cores {list(cores)} are not all ours to use")
         if not 1 <= flow_limit <= _MAX_FLOWS:
             raise Refused(f"flow limit {flow_limit}", f"choose one from 1 to {_MAX_FLOWS}")
         self._resources.workers = len(cores)
-        self._workers = [WorkerChild(n, core, flow_limit, self._user) for n, core in enumerate(cores)]
+        self._workers = [WorkerChild(n, core, flow_limit, self._worker_user) for n, core in enumerate(cores)]
         for worker in self._workers:
             self._start(worker)
-        return []
 
     def _announce(self, status: str) -> None:
-        if not self._ready:
-            self._ready = True
-            print("ready", flush=True)
-            notify.ready(status)
+        if not self._service.ready:
+            self._spare.due = time.monotonic() + _SPARE_AFTER
+        self._control.works()
+        self._resources.leave_unclaimed()
+        self._service.announce(status)
+
+    def _set_log_level(self, role: str, level: str) -> None:
+        """Ours, the workers', or control's: that one sets its own, but the next must know."""
+        if role not in logs.ROLES or level not in logs.LEVELS:
+            raise BadMessage(f"no role {role!r:.50} or no level {level!r:.50}")
+        logs.set_level(role, level, mine=role == "supervisor")
+        for worker in self._workers if role == "worker" else ():
+            worker.tell(LogLevel(role, level))
 
     # ---- the loop --------------------------------------------------------------------------
 
@@ -238,7 +303,10 @@ class Supervisor:
             signal.signal(number, _noted)
         self._selector.register(wakeup, selectors.EVENT_READ, None)
         while True:
+            self._check_pulses()
             self._start_due()
+            self._service.turn(self._control, self._workers)
+            logs.flush()
             for key, _ in self._selector.select(self._until_due()):
                 if key.data is None:
                     if self._signalled(wakeup.recv(64)):
@@ -248,9 +316,11 @@ class Supervisor:
                 elif key.data.channel is not None and key.fd == key.data.channel.fileno():
                     self._hear(key.data)
 
-    def _until_due(self) -> float | None:
+    def _until_due(self) -> float:
         due = [child.due for child in self._children() if child.due is not None]
-        return max(0.0, min(due) - time.monotonic()) if due else None
+        if self._service.next_ping is not None:
+            due.append(self._service.next_ping)
+        return max(0.0, min([self._next_check, *due]) - time.monotonic())
 
     def _signalled(self, numbers: bytes) -> bool:
         """Whether it is time to stop."""
@@ -259,6 +329,7 @@ class Supervisor:
         return signal.SIGTERM in numbers or signal.SIGINT in numbers
 
     def _reload(self) -> None:
+        self._service.reloading()
         config = self._options["config"]
         if config is None:
             self._control.tell(Reload("this relay was started without a config file"))
@@ -280,23 +351,21 @@ class Supervisor:
                 self._selector.unregister(child.channel.sock)
                 child.hung_up()
                 return
-            message, fds = got
-            for fd in fds:
-                os.close(fd)
+            message, _ = got  # no descriptors: the channel takes none
             if child is not self._control:
                 raise BadMessage("workers have nothing to ask")
             self._request(message)
         except BlockingIOError:
             return
         except (BadMessage, ConnectionError) as error:
-            log.error("%s sent what it may not (%s): ending it", child.name, error)
+            log.error("%s sent what it may not (%.200s): ending it", child.name, error)
             child.kill()
 
     def _shut_down(self) -> None:
         notify.stopping()
         end_all([self._control], Stop(), _STOP_SECONDS)
         self._resources.close_all()
-        end_all(list(self._workers), Stop(), _STOP_SECONDS)
+        end_all([*self._workers, self._spare], Stop(), _STOP_SECONDS)
         if self._listener is not None:
             self._listener.close()
             os.unlink(self._options["socket"])
@@ -312,6 +381,21 @@ def _noted(*_: object) -> None:
     """Signals arrive through the wakeup descriptor; this only keeps them from ending us."""
 
 
+def _down(worker: WorkerChild, reason: str) -> WorkerDown:
+    return WorkerDown(worker.number, worker.restarts, reason, worker.trouble, worker.delay)
+
+
+def _remedy(child: Child) -> str:
+    """What to say, once, when a child is in trouble."""
+    goes_on = f"It is tried again every {CAP:.0f} s; everything else goes on."
+    if child.trouble == OUTDATED:
+        return f"{OUTDATED} (systemctl restart mrelay). {goes_on}"
+    return (
+        f"{child.trouble}. {goes_on} Its own messages above say why it ends; if they don't, restart the relay, "
+        "and report it with this log."
+    )
+
+
 def _workers_text(workers: int | str | list[int] | None) -> str | None:
     """As the Setup message says it: "auto", a number, or cores with commas (`1,` for core 1 alone)."""
     if isinstance(workers, list):
@@ -319,80 +403,30 @@ def _workers_text(workers: int | str | list[int] | None) -> str | None:
     return None if workers is None else str(workers)
 
 
-def _find_user(name: str | None) -> tuple[int, int]:
-    """uid and gid for control and workers: `name`, or user mrelay, or nobody."""
-    for candidate in [name] if name else [_USER, "nobody"]:
-        try:
-            entry = pwd.getpwnam(candidate)
-        except KeyError:
-            continue
-        if entry.pw_uid == 0:
-            sys.exit(f"mrelay: --user {candidate} is root: name an unprivileged user")
-        return entry.pw_uid, entry.pw_gid
-    sys.exit(f"mrelay: no user {name or _USER}: create it with 'useradd --system {name or _USER}'")
-
-
-def _find_group(name: str) -> int:
-    try:
-        return grp.getgrnam(name).gr_gid
-    except KeyError:
-        raise Refused(f"no group {name}", f"create it with 'groupadd --system {name}'") from None
-
-
-def _open_state_dir(path: str, user: tuple[int, int]) -> int:
-    """The state directory, made if need be, as a descriptor that control can work below."""
-    try:
-        os.makedirs(path, mode=0o755, exist_ok=True)
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        if os.fstat(fd).st_uid != user[0]:
-            if os.listdir(fd):
-                raise OSError(errno.EPERM, "it is another user's, and not empty")
-            os.fchown(fd, *user)
-    except OSError as error:
-        sys.exit(f"mrelay: state directory {path}: {error.strerror}: name another with --state-dir")
-    return fd
-
-
-def _listen_at(path: str) -> socket.socket:
-    """A listening Unix socket that nobody else can reach yet; a dead one's file is replaced."""
-    os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
-    _clear_path(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    mask = os.umask(0o177)
-    try:
-        sock.bind(path)
-    finally:
-        os.umask(mask)
-    sock.listen(128)
-    return sock
-
-
-def _clear_path(path: str) -> None:
-    try:
-        kind = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(kind):
-        raise Refused(f"{path} exists and is no socket", "move it away, or choose another path with --socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-    raise Refused(f"a relay already listens on {path}", "stop it, or choose another path with --socket")
+def _raise_descriptor_limit() -> None:
+    """Every worker's sockets are ours too, and descriptors on their way to a worker count as well."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def main() -> int:
     """`python -m mrelay.supervisor OPTIONS`, as `mrelay run` starts it."""
-    logging.basicConfig(level=logging.INFO, format="mrelay: %(message)s", stream=sys.stderr)
+    options = json.loads(sys.argv[1])
+    logs.configure(options["log_format"], options["log_level"])
+    logs.set_up("supervisor")
     lacking = caps.missing(_NEEDED)
     if lacking:
         log.error("mrelay run lacks %s: run it as root (sudo mrelay run …)", ", ".join(lacking))
         return EX_NOPERM
-    options = json.loads(sys.argv[1])
     try:
-        _clear_path(options["socket"])  # before a second relay sends anything twice
+        caps.keep_only(_NEEDED + _USEFUL)
+    except caps.PrivilegeError as error:
+        log.error("cannot start: %s", error)
+        return EX_NOPERM
+    _raise_descriptor_limit()
+    os.chdir("/")
+    try:
+        clear_path(options["socket"])  # before a second relay sends anything twice
     except (Refused, OSError) as error:
         log.error("cannot start: %s: %s", error, getattr(error, "remedy", "choose another path with --socket"))
         return 1

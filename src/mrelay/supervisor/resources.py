@@ -1,24 +1,38 @@
 """What the supervisor holds open for the others, and the table of how each kind is opened.
 
 Owns every ring, membership, held port, egress socket and changed offload setting; they outlive control and
-workers. Each request is checked here again: whoever asks may have been taken over. Called by
-supervisor.main; nothing blocks.
+workers. Each request is checked here again: whoever asks may have been taken over, so no number is in range and
+no text is an address before this says so. Called by supervisor.main; nothing blocks.
 """
 
 import ipaddress
+import resource
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from mrelay.counters_size import MAX_LINKS
 from mrelay.kernel import ethtool, packet, udp
 from mrelay.kernel.membership import MembershipPool, UnicastPool
 from mrelay.messages import HoldUnicast, JoinGroup, OpenEgress, OpenIngress, Resource, SetGro
+from mrelay.supervisor import fdstore
 
 _GRO: Final = {"rx-gro": True, "rx-udp-gro-forwarding": True}
 _MROUTE: Final = (Path("/proc/net/ip_mr_vif"), Path("/proc/net/ip6_mr_vif"))
 _MAX_PORT: Final = 65535
+_MAX_INT: Final = (1 << 31) - 1
 _SLOTS: Final = tuple(1 << n for n in range(8, 17))
+# More of a kind than any set of rules can need: control that asks for more has been taken over, or has a bug.
+_MOST: Final[dict[type, int]] = {
+    JoinGroup: 1 << 16,
+    HoldUnicast: 1 << 14,
+    OpenIngress: 1 << 12,
+    OpenEgress: 2 * MAX_LINKS,  # while addresses change, the old and the new
+    SetGro: 1 << 12,
+}
+_SPARE: Final = 128  # descriptors that stay free, to start children and answer with
 
 
 class Refused(Exception):
@@ -50,6 +64,7 @@ class Resources:
 
     def __init__(self) -> None:
         self.held: dict[Resource, Opened] = {}
+        self._count = dict.fromkeys(_MOST, 0)
         self.workers = 0
         self._joins: dict[int, MembershipPool] = {}
         self._unicast = UnicastPool()
@@ -58,20 +73,55 @@ class Resources:
         """Open it, or return what is open already. OSError and Refused leave nothing behind."""
         opened = self.held.get(what)
         if opened is None:
+            self._check_room(what)
             opened = self.held[what] = _OPENERS[type(what)](self, what)
+            self._count[type(what)] += 1
         return opened
+
+    def _check_room(self, what: Resource) -> None:
+        most = _MOST[type(what)]
+        _require(self._count[type(what)] < most, f"{most} {type(what).__name__}: no rules need more")
+        # Every worker has its own rings and egress sockets; several joins share a socket, if the kernel lets them.
+        each = {HoldUnicast: 1, OpenIngress: 2 * self.workers, OpenEgress: self.workers}
+        used = sum(len(pool.sockets) for pool in self._joins.values())
+        used += sum(self._count[kind] * sockets for kind, sockets in each.items())
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if used + each.get(type(what), 1) > limit - _SPARE:
+            raise Refused(f"{used} of {limit} descriptors are in use", "raise ulimit -n, or LimitNOFILE=")
 
     def close(self, what: Resource) -> None:
         """Close it; closing what is not open is fine."""
         opened = self.held.pop(what, None)
         if opened is not None:
+            self._count[type(what)] -= 1
             opened.close()
 
     def close_all(self) -> None:
-        """In the order that stops traffic first: leave groups, then rings, outputs and settings."""
+        """In the order that stops traffic first: memberships, then rings, outputs and settings.
+
+        Helper sockets are closed as they are, so that what the service manager keeps of them is left whole.
+        """
+        for pool in self._joins.values():
+            pool.close()
         for kind in _OPENERS:
             for what in [w for w in self.held if type(w) is kind]:
                 self.close(what)
+
+    def adopt(self) -> None:
+        """Take back the helper sockets of the supervisor before us; a join that they hold is found there."""
+        for ifindex, sock in fdstore.take_back():
+            self._pool(ifindex).adopt(sock)
+
+    def leave_unclaimed(self) -> None:
+        """Leave what was taken back and nobody asked for since."""
+        for pool in self._joins.values():
+            pool.leave_unclaimed()
+
+    def _pool(self, ifindex: int) -> MembershipPool:
+        if ifindex not in self._joins:
+            opened, closing = partial(fdstore.keep, ifindex), partial(fdstore.release, ifindex)
+            self._joins[ifindex] = MembershipPool(ifindex, opened, closing)
+        return self._joins[ifindex]
 
     # ---- one opener a kind -----------------------------------------------------------------
 
@@ -80,19 +130,22 @@ class Resources:
         _require(group.is_multicast, f"{group} is not a multicast group")
         source = None if what.source is None else _address(what.source)
         _require(source is None or source.version == group.version, "source and group of different families")
-        pool = self._joins.setdefault(what.ifindex, MembershipPool(_interface(what.ifindex)))
+        pool = self._pool(_interface(what.ifindex))
         pool.join(group, source)
         return Opened([], lambda: pool.leave(group, source))
 
     def _hold_unicast(self, what: HoldUnicast) -> Opened:
         address = _address(what.address)
         _require(not address.is_multicast, f"{address} is a multicast group")
+        _require(not address.is_unspecified, f"{address} is every address of this host")
         self._unicast.hold(address, _port(what.port))
         return Opened([], lambda: self._unicast.release(address, what.port))
 
     def _open_ingress(self, what: OpenIngress) -> Opened:
         _interface(what.ifindex)
         _require(what.slots in _SLOTS, f"{what.slots} slots: not a power of two from 256 to 65536")
+        others = any(isinstance(held, OpenIngress) and held.ifindex == what.ifindex for held in self.held)
+        _require(not others, f"interface {what.ifindex} has its rings already")
         _require(self.workers > 0, "no worker was started yet")
         shapes = ((what.slots, packet.SLOT), (packet.LONG_SLOTS, packet.LONG_SLOT))
         rings: list[list[socket.socket]] = [[] for _ in range(self.workers)]
@@ -124,13 +177,13 @@ class Resources:
         return Opened([[sock] for sock in sockets], _nothing)
 
     def _set_gro(self, what: SetGro) -> Opened:
-        _require(socket.if_nametoindex(what.ifname) == what.ifindex, f"{what.ifname} is another interface now")
+        name = socket.if_indextoname(_interface(what.ifindex))
         if any(_has_rows(path) for path in _MROUTE):
             raise Refused(
                 "kernel multicast routing is active here, and drops merged frames that have DF set",
                 "stop smcrouted, pimd or the like, or set gro = false under [relay]",
             )
-        before = ethtool.set_features(what.ifname, _GRO)
+        before = ethtool.set_features(name, _GRO)
         return Opened([], lambda: _put_back(what, before))
 
 
@@ -161,12 +214,21 @@ def _has_rows(path: Path) -> bool:
 def _check_egress(what: OpenEgress) -> None:
     _interface(what.ifindex)
     _require(what.family in (4, 6), f"family {what.family}")
+    _require(0 <= what.output <= _MAX_INT and 0 <= what.epoch <= _MAX_INT, "a number out of range")
     if what.address is not None:
-        _require(_address(what.address).version == what.family, f"{what.address} is not IPv{what.family}")
+        _host_or_group(what.address, what.family)
     if what.port is not None:
         _port(what.port)
     if what.source not in ("egress", "keep"):
-        _require(_address(what.source).version == what.family, f"{what.source} is not IPv{what.family}")
+        source = _host_or_group(what.source, what.family)
+        _require(not source.is_multicast, f"{source} can't be a source")
+
+
+def _host_or_group(text: str, family: int) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    address = _address(text)
+    _require(address.version == family, f"{address} is not IPv{family}")
+    _require(not address.is_unspecified, f"{address} is neither a group nor a host")
+    return address
 
 
 def _require(fine: bool, problem: str) -> None:
@@ -175,6 +237,7 @@ def _require(fine: bool, problem: str) -> None:
 
 
 def _interface(ifindex: int) -> int:
+    _require(0 < ifindex <= _MAX_INT, f"interface {ifindex}")
     socket.if_indextoname(ifindex)  # OSError ENXIO when there is none
     return ifindex
 
@@ -186,9 +249,11 @@ def _port(port: int) -> int:
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     try:
-        return ipaddress.ip_address(text)
-    except ValueError as error:
-        raise Refused(str(error)) from error
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        raise Refused(f"{text!r:.50} is no address") from None
+    _require("%" not in text, f"{text!r:.50} has a scope; the interface is named by its index")
+    return address
 
 
 # The one table of what may be opened; also the order in which it all ends.

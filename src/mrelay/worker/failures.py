@@ -16,6 +16,7 @@ from mrelay.worker.flows import Flow
 
 log = logging.getLogger("mrelay.worker")
 
+ALL = (1 << 64) - 1  # every limited rule passes
 EXPIRED = errno.ETIME  # our own sign for "the TTL ran out"
 
 
@@ -25,14 +26,21 @@ class Failures:
     def __init__(self, counters: Counters, fold: Callable[[Flow], None]) -> None:
         self._counters, self._fold = counters, fold
 
-    def record(self, flow: Flow, count: int, octets: int, failed: Sequence[tuple[Entry, int, int]]) -> None:
-        """`count` datagrams of `octets` bytes went out, but for `failed`: (entry, how many, errno)."""
+    def record(
+        self, flow: Flow, count: int, octets: int, failed: Sequence[tuple[Entry, int, int]], bits: int = ALL
+    ) -> None:
+        """`count` datagrams of `octets` bytes went out, but for `failed`: (entry, how many, errno).
+
+        `bits`: which of the flow's limited rules passed them; only entries of these were tried.
+        """
         self._fold(flow)  # so that what is taken off below is there
         for entry, lost, _ in failed:
             self._book_output(flow, entry, lost, octets * lost // count)
-        everywhere = min(lost for _, lost, _ in failed) if len(failed) == len(flow.entries) else 0
+        everywhere = min(lost for _, lost, _ in failed) if len(failed) == len(flow.admitted(bits)) else 0
         if everywhere:
-            self._book_drop(flow, everywhere, octets * everywhere // count, failed[-1][2])
+            refusing = flow.refusing(bits)
+            rules = [rule for rule in flow.route.rules if rule not in refusing]
+            self._book_drop(rules, everywhere, octets * everywhere // count, failed[-1][2])
         if not flow.warned:
             flow.warned = True
             _warn(flow, failed[-1])
@@ -43,11 +51,23 @@ class Failures:
             self._counters.links[:2, link] -= took
             self._counters.links[2, link] += np.uint64(lost)
 
-    def _book_drop(self, flow: Flow, lost: int, octets: int, error: int) -> None:
+    def withhold(self, flow: Flow, count: int, octets: int, bits: int) -> None:
+        """Of `count` datagrams of `octets` bytes only the rules of `bits` passed any on: take the others' off."""
+        self._fold(flow)
+        took = np.array([count, octets], np.uint64)
+        admitted = flow.admitted(bits)
+        for rule in flow.refusing(bits):
+            self._counters.rules[:, rule] -= took
+        for entry, links in zip(flow.entries, flow.route.links, strict=True):
+            if entry not in admitted:
+                for link in links:
+                    self._counters.links[:2, link] -= took
+
+    def _book_drop(self, rules: Sequence[int], lost: int, octets: int, error: int) -> None:
         reason = TTL_EXPIRED if error == EXPIRED else drop_reason(error)
         self._counters.totals[MATCHED : MATCHED + 1] -= np.uint64(lost)
         self._counters.drops[reason] += np.uint64(lost)
-        for rule in flow.route.rules:
+        for rule in rules:
             self._counters.rules[:, rule] -= np.array([lost, octets], np.uint64)
 
 

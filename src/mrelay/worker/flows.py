@@ -5,22 +5,34 @@ resolves a miss against the rules. Bounded: when it is full, the flows unused fo
 Called by both paths of one worker; nothing here blocks.
 """
 
+import logging
 import secrets
 import socket
 import time
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mrelay.counters import NO_OUTPUT, NO_RULE, Counters
-from mrelay.model.ruleset import NOWHERE, FlowKey, Route, RuleSet, address_text
+from mrelay.counters import LOOP, NO_OUTPUT, NO_RULE, Counters, sound_keys
+from mrelay.model.ruleset import NOWHERE, RETURNED, FlowKey, Route, RuleSet, address_text
 from mrelay.worker.egress import Egress, Entry
+from mrelay.worker.limits import MOST, Limits
+
+log = logging.getLogger("mrelay.worker")
 
 FORWARD: Final = -1  # verdicts: this, a drop reason, or:
 IGNORE: Final = -2  # no rule names the address: not ours, not counted
+LIMITED: Final = -3  # forward, as far as the rates of its rules allow
+_LOOP: Final = (
+    "%s comes from an address of this host: what the relay sent has come back, and is dropped as loop; "
+    "find the bridge or relay that returns it, or set allow_loop = true in the rule if that is meant"
+)
 _PROBES: Final = 8
 _U64: Final = (1 << 64) - 1
+_LOW32: Final = (1 << 32) - 1
+_LOW, _HALF = np.uint64(_LOW32), np.uint64(32)
 _MISS_RATE: Final = 20_000  # resolved misses a second, and as many at once
 U64 = NDArray[np.uint64]
 I32 = NDArray[np.int32]
@@ -48,6 +60,15 @@ class Flow:
         if len(socks) == len(self.entries):
             self.steady, self.sockets, self.control = steady, socks, control
 
+    def admitted(self, bits: int) -> list[Entry]:
+        """The entries that get a frame which the rules of these bits (of Route.limited) pass."""
+        masks = self.route.masks
+        return [entry for entry, mask in zip(self.entries, masks, strict=True) if not mask or mask & bits]
+
+    def refusing(self, bits: int) -> list[int]:
+        """The rules that don't pass it."""
+        return [rule for n, rule in enumerate(self.route.limited) if not bits >> min(n, MOST - 1) & 1]
+
     def __str__(self) -> str:
         source, group = (address_text(self.key.family, a) for a in (self.key.source, self.key.group))
         return f"flow {source} -> {group} port {self.key.port}"
@@ -68,50 +89,95 @@ def words_key(words: list[int]) -> FlowKey:
     )
 
 
+class Lists:
+    """Short lists of integers, one after the other in `items`; equal lists stand there once."""
+
+    def __init__(self, dtype: type[np.int32] | type[np.uint64]) -> None:
+        self.items = np.zeros(64, dtype)
+        self.end = 0
+        self._starts: dict[tuple[int, ...], int] = {}
+
+    def start(self, items: tuple[int, ...]) -> int:
+        """Where in `items` this list stands."""
+        start = self._starts.get(items)
+        if start is None:
+            start, self.end = self.end, self.end + len(items)
+            if self.end > len(self.items):
+                self.items = np.concatenate((self.items, np.zeros(self.end, self.items.dtype)))
+            self.items[start : self.end] = items
+            self._starts[items] = start
+        return start
+
+
 class FlowTable:
     """Flows by slot. Columns, one value a slot: `verdict` i8, `route_start`, `route_length` i32, `last` i64.
 
-    `route_entries` i32: the entry indices of all routes, one after the other.
+    `routes` holds the entry indices of all routes. Of flows with limited rules: `limit_start`, `limit_length` i32
+    (the rules, in `limited`), `mask_start` i32 (of all flows: Route.masks, in `masks`), `withheld` bool (no
+    destination is free of limits). `beat` is called during long work.
     """
 
-    def __init__(self, counters: Counters, limit: int, rules: RuleSet, egress: Egress) -> None:
-        self.counters, self.limit, self.rules, self.egress = counters, limit, rules, egress
+    def __init__(
+        self, counters: Counters, limit: int, rules: RuleSet, egress: Egress, beat: Callable[[], None]
+    ) -> None:
+        self.counters, self.limit, self.rules, self.egress, self._beat = counters, limit, rules, egress, beat
         self.index: dict[tuple[int, int, int, int, int, int], int] = {}
         self.flows: list[Flow | None] = [None] * limit
         self.verdict = np.full(limit, NO_RULE, np.int8)
         self.route_start = np.zeros(limit, np.int32)
         self.route_length = np.zeros(limit, np.int32)
+        self.limit_start = np.zeros(limit, np.int32)
+        self.limit_length = np.zeros(limit, np.int32)
+        self.mask_start = np.zeros(limit, np.int32)
+        self.withheld = np.zeros(limit, np.bool_)
         self.last = np.zeros(limit, np.int64)
         self.now = 0
         self._free = list(range(limit - 1, -1, -1))
         self._bits = max(10, (4 * limit - 1).bit_length())
         self._slots = np.full(1 << self._bits, -1, np.int32)
-        self._mix = [secrets.randbits(63) << 1 | 1 for _ in range(5)]  # so that nobody can aim for collisions
+        self._mix = [secrets.randbits(63) << 1 | 1 for _ in range(10)]  # so that nobody can aim for collisions
+        self._factors = [np.uint64(factor) for factor in self._mix]
+        self.kept: list[int] = []
         self._tokens, self._refilled = float(_MISS_RATE), time.monotonic()
+        self.limits = Limits()
+        self.limits.follow(rules)
         self._reset_routes()
 
     def _reset_routes(self) -> None:
         self.egress.forget_entries()
-        self._routes: dict[tuple[int, ...], int] = {}
-        self.route_entries = np.zeros(64, np.int32)
-        self._route_end = 0
+        self.routes, self.limited, self.masks = Lists(np.int32), Lists(np.int32), Lists(np.uint64)
 
     # ---- lookup ----------------------------------------------------------------------------
 
     def _hash(self, words: list[U64 | None]) -> NDArray[np.int64]:
-        mixed = np.zeros(1, np.uint64)
-        for word, factor in zip(words, self._mix, strict=True):
-            if word is not None:
-                mixed = mixed ^ word * np.uint64(factor)
-        mixed = (mixed ^ mixed >> np.uint64(29)) * np.uint64(self._mix[0])
-        return (mixed >> np.uint64(64 - self._bits)).astype(np.int64)
+        """Where to look first: the sum of the words' 32-bit halves by random factors, stirred.
+
+        Sums of halves, because in XORed products of whole words the top bits of two words cancel out: who
+        spoofs sources could aim for collisions without knowing a factor.
+        """
+        last = words[4]
+        assert last is not None  # noqa: S101  the ports: never all zeros
+        mixed = last * self._factors[4]
+        for at, word in enumerate(words[:4]):
+            if word is None:
+                continue
+            if words[0] is None:  # IPv4: the high half is zero
+                mixed += word * self._factors[at]
+            else:
+                mixed += (word & _LOW) * self._factors[at]
+                mixed += (word >> _HALF) * self._factors[at + 5]
+        mixed ^= mixed >> np.uint64(29)
+        mixed *= self._factors[9]
+        mixed >>= np.uint64(64 - self._bits)
+        return mixed.view(np.int64)
 
     def _hash_one(self, words: tuple[int, ...]) -> int:
         """The same for one key, in plain integers: an install needs no arrays."""
-        mixed = 0
-        for word, factor in zip(words, self._mix, strict=True):
-            mixed ^= word * factor & _U64
-        mixed = (mixed ^ mixed >> 29) * self._mix[0] & _U64
+        mixed = words[4] * self._mix[4]
+        for at in range(4):
+            mixed += (words[at] & _LOW32) * self._mix[at] + (words[at] >> 32) * self._mix[at + 5]
+        mixed &= _U64
+        mixed = (mixed ^ mixed >> 29) * self._mix[9] & _U64
         return mixed >> (64 - self._bits)
 
     def lookup(self, words: list[U64 | None]) -> I32:
@@ -162,11 +228,14 @@ class FlowTable:
 
     def _install(self, key: FlowKey) -> int:
         if not self._free:
+            self.restore(self.limit)
             self._make_room()
         slot = self._free.pop()
         self.counters.flows[:, slot] = 0
         self.counters.folded[:, slot] = 0
         self._place(slot, key)
+        if self.verdict[slot] == LOOP:
+            log.warning(_LOOP, self.flows[slot])
         return slot
 
     def _place(self, slot: int, key: FlowKey) -> None:
@@ -192,27 +261,22 @@ class FlowTable:
         route = self.rules.resolve(key)
         entries = tuple(self.egress.entry(to) for to in route.destinations)
         self.flows[slot] = Flow(key, route, entries)
-        self.route_start[slot] = self._route_of(tuple(e.index for e in entries))
+        self.route_start[slot] = self.routes.start(tuple(e.index for e in entries))
         self.route_length[slot] = len(entries)
+        self.limit_start[slot] = self.limited.start(route.limited)
+        self.limit_length[slot] = len(route.limited)
+        self.mask_start[slot] = self.masks.start(route.masks)
+        self.withheld[slot] = 0 not in route.masks
         self.verdict[slot] = self._judge(key, route)
 
     def _judge(self, key: FlowKey, route: Route) -> int:
         if route is NOWHERE:
             return NO_RULE if self.rules.names(key.ifindex, key.family, key.group) else IGNORE
-        return FORWARD if route.destinations else NO_OUTPUT
-
-    def _route_of(self, entries: tuple[int, ...]) -> int:
-        """Where in `route_entries` these entries stand; equal routes stand there once."""
-        start = self._routes.get(entries)
-        if start is None:
-            start, self._route_end = self._route_end, self._route_end + len(entries)
-            if self._route_end > len(self.route_entries):
-                grown = np.zeros(2 * self._route_end, np.int32)
-                grown[:start] = self.route_entries[:start]
-                self.route_entries = grown
-            self.route_entries[start : self._route_end] = entries
-            self._routes[entries] = start
-        return start
+        if route is RETURNED:
+            return LOOP
+        if not route.destinations:
+            return NO_OUTPUT
+        return LIMITED if route.limited else FORWARD
 
     # ---- removal, change, counting ---------------------------------------------------------
 
@@ -238,28 +302,50 @@ class FlowTable:
         gone = np.argpartition(self.last, share - 1)[:share]
         self._slots[np.isin(self._slots, gone)] = -1
         for slot in gone.tolist():
+            self._beat()
             flow = self.flows[slot]
             if flow is not None:
                 self._empty(slot, flow)
 
-    def restore(self) -> None:
-        """Take over the flows that an earlier worker left in the shared memory."""
-        kept = np.flatnonzero(self.counters.keys[4])
-        taken = set(kept.tolist())
+    def inherit(self) -> None:
+        """An earlier worker left flows in the shared memory: `restore` is to take them over."""
+        keys = self.counters.keys
+        keys[:, ~sound_keys(keys)] = 0
+        self.kept = np.flatnonzero(keys[4]).tolist()
+        taken = set(self.kept)
         self._free = [slot for slot in self._free if slot not in taken]
-        for slot in kept.tolist():
-            self._place(slot, words_key([int(w) for w in self.counters.keys[:, slot]]))
+
+    def restore(self, most: int) -> None:
+        """Take over some of the flows in `kept`. Forwarding need not wait: until then they are misses."""
+        for _ in range(min(most, len(self.kept))):
+            self._beat()
+            slot = self.kept.pop()
+            key = words_key([int(w) for w in self.counters.keys[:, slot]])
+            if key in self.index:
+                self._merge(slot, self.index[key])
+            else:
+                self._place(slot, key)
+
+    def _merge(self, slot: int, into: int) -> None:
+        """This kept flow came again, and was installed, before its turn."""
+        counters = self.counters
+        for counts in (counters.flows, counters.folded):
+            counts[:, into] += counts[:, slot]
+        counters.keys[:, slot] = 0
+        self._free.append(slot)
 
     def rules_changed(self, touched: RuleSet) -> None:
         """Route anew the flows to addresses that `touched` names (old and new forms of what changed)."""
         self.fold()
+        self.limits.follow(self.rules)
         flows = [(slot, flow) for slot, flow in enumerate(self.flows) if flow is not None]
-        if self._route_end > 2 * sum(len(flow.entries) for _, flow in flows) + 1024:
+        if self.routes.end > 2 * sum(len(flow.entries) for _, flow in flows) + 1024:
             self._reset_routes()
             touched = self.rules
         for slot, flow in flows:
             key = flow.key
             if touched is self.rules or touched.names(key.ifindex, key.family, key.group):
+                self._beat()
                 self._route(slot, key)
 
     def fold(self) -> None:
@@ -267,6 +353,7 @@ class FlowTable:
         counters = self.counters
         dirty = np.flatnonzero((counters.flows != counters.folded).any(axis=0))
         for slot in dirty.tolist():
+            self._beat()
             flow = self.flows[slot]
             if flow is not None:
                 self._fold_flow(slot, flow)

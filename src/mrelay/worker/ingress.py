@@ -129,10 +129,6 @@ class Ring:
         """Frames that found the ring full since the last call."""
         return ring_drops(self.sock)
 
-    def clear_error(self) -> None:
-        """Read the socket's error (the interface went down), or poll would report it for ever."""
-        self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-
     def close(self) -> None:
         self.sock.close()
 
@@ -184,6 +180,11 @@ class Ingress:
         """poll says that the ring with this descriptor has frames."""
         for ring in self.rings:
             ring.woken |= ring.sock.fileno() == fd
+
+    def clear_errors(self) -> None:
+        """Read the sockets' errors (the interface went down), or poll would report them for ever."""
+        for ring in self.rings:
+            ring.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
 
     def _capped(self, ring: Ring, count: int, limit: int) -> bool:
         return count == limit or ring.pos + count == ring.slots

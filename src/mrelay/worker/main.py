@@ -16,9 +16,9 @@ from typing import Final
 
 import numpy as np
 
-from mrelay.child import settle
+from mrelay import logs
+from mrelay.child import confine, settle
 from mrelay.counters import RECEIVED, RING_FULL, Counters
-from mrelay.kernel.seccomp import restrict_worker
 from mrelay.messages import (
     BadMessage,
     Channel,
@@ -26,6 +26,7 @@ from mrelay.messages import (
     Committed,
     DropRule,
     Granted,
+    LogLevel,
     Message,
     OpenEgress,
     OpenIngress,
@@ -37,11 +38,13 @@ from mrelay.messages import (
     WorkerSetup,
 )
 from mrelay.model.ruleset import RuleSet
+from mrelay.pulse import INTERVAL, Pulse
 from mrelay.worker.egress import Egress
 from mrelay.worker.failures import Failures
 from mrelay.worker.flows import FlowTable
 from mrelay.worker.ingress import Ingress, Ring
 from mrelay.worker.messages import Sender, best_sender
+from mrelay.worker.pace import Pace
 from mrelay.worker.scalar import ScalarPath
 from mrelay.worker.vector import MAX_BATCH, VectorPath
 
@@ -50,19 +53,27 @@ log = logging.getLogger("mrelay.worker")
 SCALAR_MOST: Final = 32  # frames: up to here one by one is faster than a batch's fixed cost (D33)
 _ENOUGH: Final = 1024  # frames: a batch that is worth its fixed cost many times over (D33)
 _ROUNDS: Final = 16  # batches of one ring before the others, and the channels, get their turn
+_MESSAGES: Final = 64  # from control, before the rings get theirs
+_FLOWS: Final = 64  # of those that an earlier worker left, likewise
+_IDLE: Final = round(INTERVAL * 1000)  # ms
 
 
 class Worker:
     """One worker's state, from its WorkerSetup on."""
 
-    def __init__(self, supervisor: Channel, setup: WorkerSetup, fds: list[int], sender: Sender) -> None:
-        self.supervisor, self._sender = supervisor, sender
+    def __init__(
+        self, supervisor: Channel, setup: WorkerSetup, fds: list[int], sender: Sender, pulse: Pulse
+    ) -> None:
+        self.supervisor, self._sender, self._pulse = supervisor, sender, pulse
         self.counters = Counters(fds[1], setup.flow_limit, write=True)
+        self.counters.balance()
+        os.close(fds[1])  # the mapping has its own
         self.rules, self.egress = RuleSet(), Egress()
-        self.table = FlowTable(self.counters, setup.flow_limit, self.rules, self.egress)
+        self.table = FlowTable(self.counters, setup.flow_limit, self.rules, self.egress, pulse.beat)
         failures = Failures(self.counters, self.table.fold_flow)
         self.scalar = ScalarPath(self.counters, self.table, failures)
         self.vector = VectorPath(self.counters, self.table, failures, sender)
+        self.pace = Pace(self.counters)
         self.ingress: dict[int, Ingress] = {}
         self._by_fd: dict[int, Ingress] = {}
         self._poll = select.poll()
@@ -74,14 +85,14 @@ class Worker:
     # ---- messages --------------------------------------------------------------------------
 
     def _take_control(self, fd: int) -> None:
-        """Control is new: what it does not put before its first Commit is no rule any more."""
+        """Control is new: the rules of the old one stay in force until its first Commit, which says all."""
         if self.control is not None:
             self._leave_control()
-        self.control = Channel(socket.socket(fileno=fd))
+        self.control = Channel(socket.socket(fileno=fd), takes_fds=False)
         self.control.sock.setblocking(False)
         self._poll.register(self.control.sock, select.POLLIN)
         self._incoming: dict[int, PutRule | None] = {}
-        self._fresh = True
+        self._generation = 0
 
     def _leave_control(self) -> None:
         assert self.control is not None  # noqa: S101  both callers know it is there
@@ -102,6 +113,8 @@ class Worker:
             case WorkerSetup():
                 os.close(fds[1])
                 self._take_control(fds[0])
+            case LogLevel(role, level):
+                logs.set_level(role, level, mine=True)
             case Stop():
                 self._sync()
                 sys.exit(0)
@@ -114,12 +127,13 @@ class Worker:
                 self._incoming[message.rule] = message
             case DropRule(rule):
                 self._incoming[rule] = None
-            case Commit(generation):
-                self._commit()
-                self._answer(Committed(generation, self._sender.name))
+            case Commit(generation, whole):
+                self._commit(whole=whole)
+                self._generation = generation
+                self._answer(Committed(generation, self._sender.name, self.rules.digest))
             case Sync(id):
                 self._sync()
-                self._answer(Synced(id))
+                self._answer(Synced(id, self._generation, self.rules.digest))
             case _:
                 raise BadMessage(f"{type(message).__name__} is not for a worker")
 
@@ -130,8 +144,8 @@ class Worker:
         except OSError as error:
             log.warning("control does not take an answer (%s): it will ask again", error.strerror)
 
-    def _commit(self) -> None:
-        if self._fresh:
+    def _commit(self, *, whole: bool) -> None:
+        if whole:
             gone = [r.rule for r in self.rules if r.rule not in self._incoming]
             self._incoming.update(dict.fromkeys(gone))
         touched, number = RuleSet(), itertools.count()
@@ -145,14 +159,14 @@ class Worker:
             self.rules.drop(slot)
             if rule is not None:
                 self.rules.put(rule)
-        self._incoming, self._fresh = {}, False
+        self._incoming = {}
         self._put_in_force(touched)
 
     def _put_in_force(self, touched: RuleSet) -> None:
         self.table.rules_changed(touched)
         if not self._committed:
             self._committed = True
-            self.table.restore()
+            self.table.inherit()
             for ingress in self.ingress.values():
                 self._open_gate(ingress)
         for ingress in self.ingress.values():
@@ -162,6 +176,7 @@ class Worker:
         ingress.set_filter(*(self.rules.ranges(ingress.ifindex, family) for family in (4, 6)))
 
     def _sync(self) -> None:
+        logs.flush()
         self.table.fold()
         for ingress in self.ingress.values():
             self._count_lost(ingress)
@@ -210,6 +225,7 @@ class Worker:
                 return
             yielded = False
             self.table.now += 1
+            self._pulse.beat()
             for ring, count in runs:
                 path = self.scalar if count <= SCALAR_MOST or ring is ingress.long else self.vector
                 path.forward(ring, count)
@@ -225,24 +241,27 @@ class Worker:
     def run(self) -> None:
         """Until Stop, or the supervisor's end."""
         while True:
-            ready = dict(self._poll.poll())
+            ready = dict(self._poll.poll(0 if self.table.kept else _IDLE))
+            self._pulse.beat()
+            self.table.restore(_FLOWS)
+            self.pace.keep()
             if self.supervisor.fileno() in ready:
                 self._drain(self.supervisor)
             elif self.control is not None and self.control.fileno() in ready:
                 self._drain(self.supervisor)
-                self._drain(self.control)
+                self._drain(self.control, _MESSAGES)
             for fd, event in ready.items():
                 ingress = self._by_fd.get(fd)
                 if ingress is not None:
                     ingress.woken(fd)
                     self._forward(ingress)
                     if event & select.POLLERR:
-                        for ring in ingress.rings:
-                            ring.clear_error()
+                        ingress.clear_errors()
 
-    def _drain(self, channel: Channel) -> None:
-        """Every message that waits. Control's end is not ours: rules stay in force until another comes."""
-        while True:
+    def _drain(self, channel: Channel, most: int = sys.maxsize) -> None:
+        """The messages that wait. Control's end is not ours: rules stay in force until another comes."""
+        for _ in range(most):
+            self._pulse.beat()
             try:
                 got = channel.receive()
             except BlockingIOError:
@@ -262,16 +281,37 @@ class Worker:
 
 
 def main() -> None:
-    """`python -m mrelay.worker FD UID GID`, started by the supervisor."""
-    supervisor = settle("worker")
+    """`python -m mrelay.worker …` (see child.settle), started by the supervisor."""
+    supervisor, pulse = settle("worker")
     sender = best_sender()
-    first = supervisor.receive()
-    if first is None or not isinstance(first[0], WorkerSetup):
-        sys.exit("the supervisor's first message is not WorkerSetup")
-    supervisor.sock.setblocking(False)
-    worker = Worker(supervisor, first[0], first[1], sender)
-    restrict_worker()
     gc.collect()
     gc.freeze()
     gc.disable()  # a collection would stall forwarding; nothing here makes cycles
+    setup, fds = _await_setup(supervisor, pulse)
+    _pin(setup.core)
+    worker = Worker(supervisor, setup, fds, sender, pulse)
+    confine("worker", flows=setup.flow_limit)
     worker.run()
+
+
+def _pin(core: int) -> None:
+    """Run on this core from now on; on any, if it was taken away meanwhile: forwarding comes first."""
+    try:
+        os.sched_setaffinity(0, {core})
+    except OSError as error:
+        log.warning("cannot run on core %d (%s): running on any", core, error.strerror)
+
+
+def _await_setup(supervisor: Channel, pulse: Pulse) -> tuple[WorkerSetup, list[int]]:
+    """The first message: at once, or when this process, a spare so far, takes the place of one that ended."""
+    supervisor.sock.setblocking(False)
+    poll = select.poll()
+    poll.register(supervisor.sock, select.POLLIN)
+    while not poll.poll(_IDLE):
+        pulse.beat()
+    first = supervisor.receive()
+    if first is not None and isinstance(first[0], WorkerSetup):
+        return first[0], first[1]
+    if first is not None and isinstance(first[0], Stop):
+        sys.exit(0)
+    sys.exit("the supervisor's first message is not WorkerSetup")

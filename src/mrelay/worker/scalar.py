@@ -5,15 +5,15 @@ emptied the caches, so every line here runs several times slower than a profile 
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
-from mrelay.counters import MATCHED, RATE_LIMITED, RECEIVED, TRUNCATED, Counters
+from mrelay.counters import MATCHED, MISS_LIMITED, RATE_LIMITED, RECEIVED, TRUNCATED, Counters
 from mrelay.kernel.packet import L3_OFFSET, TP_STATUS_VLAN_VALID, VIRTIO_NET_HDR_GSO_UDP_L4
 from mrelay.kernel.udp import segment_control
 from mrelay.worker.egress import Entry
-from mrelay.worker.failures import Failures
-from mrelay.worker.flows import FORWARD, IGNORE, Flow, FlowTable
+from mrelay.worker.failures import ALL, Failures
+from mrelay.worker.flows import FORWARD, IGNORE, LIMITED, Flow, FlowTable
 from mrelay.worker.ingress import Ring
 from mrelay.worker.parse import IPPROTO_UDP, Datagram, checksum_holds, parse
 
@@ -46,10 +46,14 @@ class ScalarPath:
         for key, start, length, hop, segment in self._read(ring, count):
             datagrams = -(-length // segment) if segment else 1
             place = table.find(key)
-            verdict = self._verdict[place] if place >= 0 else RATE_LIMITED
+            verdict = self._verdict[place] if place >= 0 else MISS_LIMITED
             flow = table.flows[place]
             if verdict != FORWARD or flow is None:
-                self._drop(verdict, datagrams)
+                if verdict == LIMITED and flow is not None:
+                    payload = view[start : start + length]
+                    self._forward_limited(flow, place, payload, segment if datagrams > 1 else 0, datagrams, hop)
+                else:
+                    self._drop(verdict, datagrams)
                 continue
             totals[RECEIVED] += datagrams
             totals[MATCHED] += datagrams
@@ -89,11 +93,29 @@ class ScalarPath:
                 yield (ifindex, vlan, family, source, group, port), start, length, hop, segment
             if mac != ring.mac:
                 ring.learn(mac)
+                head = ring.head
 
     def _drop(self, verdict: int, count: int) -> None:
         if verdict != IGNORE:
             self._totals[RECEIVED] += count
             self._drops[verdict] += count
+
+    def _forward_limited(
+        self, flow: Flow, place: int, payload: memoryview, segment: int, count: int, hop: int
+    ) -> None:
+        """As far as the rates of its rules allow."""
+        bits = self.table.limits.admit(flow.route.limited, count, len(payload))
+        if not bits and self.table.withheld[place]:
+            self._drop(RATE_LIMITED, count)
+            return
+        self._totals[RECEIVED] += count
+        self._totals[MATCHED] += count
+        self._packets[place] += count
+        self._bytes[place] += len(payload)
+        self._last[place] = self.table.now
+        if flow.refusing(bits):
+            self.failures.withhold(flow, count, len(payload), bits)
+        self._deliver(flow, flow.admitted(bits), payload, segment, count, hop, bits)
 
     def _send(self, flow: Flow, payload: memoryview, segment: int, count: int, hop: int) -> None:
         if flow.steady != (hop, segment, self.table.egress.generation):
@@ -110,8 +132,23 @@ class ScalarPath:
         self, flow: Flow, payload: memoryview, segment: int, count: int, hop: int, first: int = 0
     ) -> None:
         """To each entry from `first` on, with all that may be special; afterwards the flow may be steady."""
+        if self._deliver(flow, flow.entries[first:], payload, segment, count, hop, ALL):
+            control = [segment_control(segment)] if segment else []
+            flow.settle((hop, segment, self.table.egress.generation), control)
+
+    def _deliver(
+        self,
+        flow: Flow,
+        entries: Sequence[Entry],
+        payload: memoryview,
+        segment: int,
+        count: int,
+        hop: int,
+        bits: int,
+    ) -> bool:
+        """To these entries, which the rules of `bits` allow; whether nothing failed."""
         failed: list[tuple[Entry, int, int]] = []
-        for entry in flow.entries[first:]:
+        for entry in entries:
             out = entry.out_hop(hop)
             lost, error = entry.deliver((payload,), segment, out, flow.source)
             if lost:
@@ -119,7 +156,5 @@ class ScalarPath:
             elif out != entry.hop:
                 self.table.egress.adopt(entry.index, out)
         if failed:
-            self.failures.record(flow, count, len(payload), failed)
-        else:
-            control = [segment_control(segment)] if segment else []
-            flow.settle((hop, segment, self.table.egress.generation), control)
+            self.failures.record(flow, count, len(payload), failed, bits)
+        return not failed

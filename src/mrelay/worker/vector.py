@@ -11,29 +11,32 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mrelay.counters import MATCHED, RATE_LIMITED, RECEIVED, Counters
+from mrelay.counters import MATCHED, MISS_LIMITED, RATE_LIMITED, RECEIVED, Counters
 from mrelay.kernel.udp import UDP_MAX_SEGMENTS
 from mrelay.worker.batch import Batch
 from mrelay.worker.egress import Entry
-from mrelay.worker.failures import EXPIRED, Failures
-from mrelay.worker.flows import FORWARD, IGNORE, FlowTable
+from mrelay.worker.failures import ALL, EXPIRED, Failures
+from mrelay.worker.flows import FORWARD, IGNORE, LIMITED, FlowTable
 from mrelay.worker.ingress import Ring
+from mrelay.worker.limits import MOST
 from mrelay.worker.messages import MESSAGES, MessageTable, Sender
 
 MAX_BATCH: Final = 4096  # frames
 _MAX_BYTES: Final = 65_000  # of payload in one message: an IP packet's limit, less headers
 I64 = NDArray[np.int64]
 I32 = NDArray[np.int32]
+U64 = NDArray[np.uint64]
 Rows = NDArray[np.intp]
 
 
 class Runs:
     """Messages to be: run g is datagrams first[g] … first[g] + pieces[g] - 1 of the columns, all of one flow.
 
-    `flow`, `hop` i32; `segment` i64 (0: a single datagram); `count` (of datagrams), `size` (bytes) i64.
+    `flow`, `hop` i32; `segment` i64 (0: a single datagram); `count` (of datagrams), `size` (bytes) i64; `bits`
+    u64 (which of the flow's limited rules pass it), None when no rule is limited.
     """
 
-    def __init__(self, batch: Batch, flow: I32, rows: Rows, limits: I64) -> None:
+    def __init__(self, batch: Batch, flow: I32, rows: Rows, limits: I64, bits: U64 | None) -> None:
         flow = flow[rows]
         if len(flow) and (flow != flow[0]).any():
             order = np.argsort(flow, kind="stable")  # by flow; within a flow, order is kept
@@ -43,11 +46,14 @@ class Runs:
         new_flow = _changes(flow)
         cut = new_flow | _changes(self.length) | _changes(hop) | (segment > 0)
         cut[1:] |= segment[:-1] > 0
+        if bits is not None:
+            cut |= _changes(bits[rows])
         self.first = _limit(cut, limits[self.length]).nonzero()[0]
         self.pieces = np.empty_like(self.first)
         self.pieces[:-1] = self.first[1:] - self.first[:-1]
         self.pieces[-1] = len(rows) - self.first[-1]
         self.flow, self.hop = flow[self.first], hop[self.first]
+        self.bits = None if bits is None else bits[rows][self.first]
         self.count = np.add.reduceat(count, self.first)
         self.size = np.add.reduceat(self.length, self.first)
         one_size = np.where(self.pieces > 1, self.length[self.first], 0)
@@ -91,11 +97,15 @@ class VectorPath:
         batch = Batch(ring, count)
         flow = self._look_up(batch)
         self._count_drops(batch)
-        rows = np.flatnonzero(batch.verdict == FORWARD)
+        forward = batch.verdict == FORWARD
+        bits = self._admit(batch, flow, forward) if self.table.limits.rules else None
+        rows = np.flatnonzero(forward)
         if not len(rows):
             return
-        runs = Runs(batch, flow, rows, self._limits)
+        runs = Runs(batch, flow, rows, self._limits, bits)
         self._count_flows(runs)
+        if bits is not None:
+            self._withhold(runs)
         self._messages.load_payloads(runs.pointer, runs.length)
         self._send(runs)
 
@@ -109,9 +119,36 @@ class VectorPath:
             # An install in a full table takes a flow out, which a row before may have found.
             flow[~self.table.holds(flow, batch.words)] = -1
         fine = batch.verdict == FORWARD
-        found = np.where(flow >= 0, self.table.verdict[flow], np.int8(RATE_LIMITED))
+        found = np.where(flow >= 0, self.table.verdict[flow], np.int8(MISS_LIMITED))
         batch.verdict[fine] = found[fine]
         return flow
+
+    def _admit(self, batch: Batch, flow: I32, forward: NDArray[np.bool_]) -> U64:
+        """For each row, which of its flow's limited rules pass it. `forward` gets those that something passes."""
+        table, bits = self.table, np.full(len(flow), ALL, np.uint64)
+        rows = np.flatnonzero(batch.verdict == LIMITED)
+        if not len(rows):
+            return bits
+        lengths = table.limit_length[flow[rows]]
+        ends = np.cumsum(lengths)
+        row = np.repeat(np.arange(len(rows)), lengths)
+        place = np.arange(len(row)) - (ends - lengths)[row]
+        slots = table.limited.items[table.limit_start[flow[rows]][row] + place].astype(np.int64)
+        passes = table.limits.take(slots, batch.count[rows][row], batch.length[rows][row])
+        some = np.uint64(1) << np.minimum(place, MOST - 1).astype(np.uint64)
+        bits[rows] = np.bitwise_or.reduceat(np.where(passes, some, np.uint64(0)), ends - lengths)
+        refused = (bits[rows] == 0) & table.withheld[flow[rows]]
+        self.counters.drops[RATE_LIMITED] += np.uint64(batch.count[rows[refused]].sum())
+        forward[rows[~refused]] = True
+        return bits
+
+    def _withhold(self, runs: Runs) -> None:
+        """Take off what limited rules counted and did not pass, where other rules of the flow passed it."""
+        assert runs.bits is not None  # noqa: S101  only called with limits
+        for run in np.flatnonzero(self.table.limit_length[runs.flow]).tolist():
+            flow, bits = self.table.flows[int(runs.flow[run])], int(runs.bits[run])
+            if flow is not None and flow.refusing(bits):
+                self.failures.withhold(flow, int(runs.count[run]), int(runs.size[run]), bits)
 
     def _count_drops(self, batch: Batch) -> None:
         ours = batch.verdict != IGNORE
@@ -138,14 +175,19 @@ class VectorPath:
         run = np.repeat(np.arange(len(runs.first)), lengths)
         ends = np.cumsum(lengths)
         within = np.arange(len(run)) - np.repeat(ends - lengths, lengths)
-        entry = table.route_entries[table.route_start[runs.flow][run] + within]
+        entry = table.routes.items[table.route_start[runs.flow][run] + within]
+        if runs.bits is not None:
+            mask = table.masks.items[table.mask_start[runs.flow][run] + within]
+            free = (mask == 0) | (mask & runs.bits[run] != 0)
+            run, entry = run[free], entry[free]
         failed: dict[int, list[tuple[Entry, int, int]]] = {}
         for at in range(0, len(run), MESSAGES):
             self._send_some(runs, run[at : at + MESSAGES], entry[at : at + MESSAGES], failed)
         for index, failures in failed.items():
             flow = table.flows[int(runs.flow[index])]
             if flow is not None:
-                self.failures.record(flow, int(runs.count[index]), int(runs.size[index]), failures)
+                bits = ALL if runs.bits is None else int(runs.bits[index])
+                self.failures.record(flow, int(runs.count[index]), int(runs.size[index]), failures, bits)
 
     def _send_some(
         self, runs: Runs, run: I64, entry: I32, failed: dict[int, list[tuple[Entry, int, int]]]
