@@ -1,6 +1,6 @@
 # Every target installs what it lacks (scripts/setup.sh) and is quick when nothing is missing.
 # Needs make, and on Debian or Ubuntu nothing else; elsewhere Python 3.11 or newer and iproute2.
-# Variables: PYTHON=python3.12 (interpreter of a new .venv), ARGS="…" (passed on to demo, test or bench).
+# Variables: PYTHON=python3.12 (interpreter of a new .venv), ARGS="…" (passed on to what a target runs).
 
 SHELL   := /bin/sh
 VENV    := .venv/bin
@@ -10,10 +10,13 @@ DEV     := .venv/.dev-ready
 # Root runs as is; others through sudo, which must not leave root-owned files in the tree.
 ROOT    := $(if $(filter 0,$(shell id -u)),,sudo -n env PYTHONDONTWRITEBYTECODE=1)
 ARGS    ?=
+INPUTS  ?= 1200000
+MINUTES ?= 0
+SECONDS ?= 600
 
 .DEFAULT_GOAL := build
 .DELETE_ON_ERROR:
-.PHONY: build demo test check bench lock clean help
+.PHONY: build demo test check fuzz soak bench experiments deb lock clean help
 
 build: $(PROGRAM) ## set up; leaves the program at .venv/bin/mrelay (this is what `make` alone does)
 	@echo "ready: .venv/bin/mrelay"
@@ -31,7 +34,7 @@ demo: $(PROGRAM) ## source, relay and receivers in namespaces of their own, live
 	@$(ROOT) $(VENV)/mrelay demo $(ARGS)
 
 test: $(DEV) ## all tests; those that build network namespaces run as root
-	@$(SETUP) root ip ethtool
+	@$(SETUP) root ip ethtool libbpf.so.1
 ifeq ($(ROOT),)
 	$(VENV)/pytest $(ARGS)
 else
@@ -45,9 +48,24 @@ check: $(DEV) ## lint, format, types, and the tests that need no root
 	$(VENV)/mypy
 	$(VENV)/pytest -m "not netns" $(ARGS)
 
+fuzz: $(DEV) ## every parser and message, coverage-guided: INPUTS=1200000 in total, or about MINUTES=…
+	$(VENV)/python tests/fuzz/run.py --inputs $(INPUTS) --minutes $(MINUTES) $(ARGS)
+	FUZZ_EXAMPLES=500 $(VENV)/pytest --timeout 1800 tests/fuzz/test_api.py
+
+soak: $(DEV) ## a relay under mixed traffic and trouble for SECONDS=600: plots and a verdict
+	@$(SETUP) root ip ethtool
+	@$(ROOT) $(VENV)/python bench/soak.py --seconds $(SECONDS) $(ARGS)
+
 bench: $(DEV) ## throughput and latency beside socat and kernel multicast routing
 	@$(SETUP) root ip ethtool socat smcrouted
 	@$(ROOT) $(VENV)/python bench/relay_bench.py $(ARGS)
+
+experiments: $(DEV) ## every experiment: a table of verdicts; fails when a claim no longer holds
+	@$(SETUP) root ip ethtool libbpf.so.1
+	@$(ROOT) $(VENV)/python experiments/run_all.py $(ARGS)
+
+deb: $(PROGRAM) ## build dist/mrelay_VERSION_ARCH.deb, which brings its own libraries
+	@sh packaging/build_deb.sh $(VENV)/python
 
 # The oldest Python we support resolves, so that one file serves all of them.
 COMPILE = CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/pip-compile --quiet --generate-hashes --allow-unsafe \
@@ -61,7 +79,7 @@ lock: $(DEV) ## renew requirements.lock and requirements-dev.lock from pyproject
 
 clean: ## remove .venv and everything else that was built
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info
-	find src tests bench scripts -name __pycache__ -type d -exec rm -rf {} +
+	find src tests bench experiments scripts -name __pycache__ -type d -exec rm -rf {} +
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 9
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 13

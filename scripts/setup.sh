@@ -2,12 +2,13 @@
 # Puts in place what a make target needs, and nothing that is already there. The Makefile calls it:
 #   setup.sh venv                 the virtual environment with the program (.venv/bin/mrelay)
 #   setup.sh dev                  what testing and checking need, on top of `venv`
-#   setup.sh root COMMAND ...     a way to be root, and system commands (Debian packages if missing)
+#   setup.sh root WHAT ...        a way to be root, and system commands and libraries (lib….so.N), from
+#                                 Debian packages if missing
 # POSIX sh; never asks a question. PYTHON=/path/to/python3.x chooses the interpreter.
 set -eu
 
 cd "$(dirname "$0")/.."
-PATH=$PATH:/usr/sbin:/sbin # where Debian keeps ethtool and smcrouted, absent from a user's PATH
+PATH=$PATH:/usr/sbin:/sbin # where Debian keeps ethtool, ldconfig and smcrouted, absent from a user's PATH
 venv=.venv
 oldest='(3, 11)' # requires-python in pyproject.toml
 
@@ -66,19 +67,39 @@ apt_install() {
             "read apt's message above; check the network and /etc/apt/sources.list, then run make again"
 }
 
-# package_of COMMAND: the Debian package that holds it.
+# package_of WHAT: the Debian package that holds a command or a library.
 package_of() {
     case $1 in
         ip | bridge | tc) echo iproute2 ;;
         smcrouted) echo smcroute ;;
+        libbpf.so.1) echo libbpf1 ;;
         *) echo "$1" ;;
     esac
+}
+
+# present WHAT: whether a command is in PATH, or a library where the loader looks.
+present() {
+    case $1 in
+        lib*.so.*) ldconfig -p 2>/dev/null | grep -qF "$1 " ;;
+        *) have "$1" ;;
+    esac
+}
+
+# optional WHAT: whether to do without it. Only some tests and experiments need libbpf, and they say so; older
+# releases have no package of it.
+optional() {
+    [ "$1" = libbpf.so.1 ] || return 1
+    if have apt-cache; then
+        apt-cache show iproute2 >/dev/null 2>&1 || apt_update # a fresh image has no package lists
+        apt-cache show libbpf1 >/dev/null 2>&1 && return 1
+    fi
+    say "no package has $1 here (Debian 12, Ubuntu 24.04 and later do): what needs it will be skipped"
 }
 
 install_tools() {
     missing=''
     for tool in "$@"; do
-        have "$tool" || missing="$missing $(package_of "$tool")"
+        present "$tool" || optional "$tool" || missing="$missing $(package_of "$tool")"
     done
     [ -n "$missing" ] || return 0
     # shellcheck disable=SC2086  # a list of package names

@@ -1,6 +1,8 @@
 """What every test gets: tests that lack a privilege are skipped by name; Hypothesis has no deadlines."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,14 @@ NETNS_CAPABILITIES = {
 # A shared machine stalls at will, so no example has a deadline; a build machine repeats the same examples.
 settings.register_profile("mrelay", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("mrelay")
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """A control process inside a test may be told another level, which is this process's, too."""
+    before = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(before)
 
 
 def effective_capabilities() -> int:

@@ -25,17 +25,21 @@ from mrelay.messages import (
     Failed,
     Grant,
     Listen,
+    Listening,
+    LogLevel,
     Message,
     PutRule,
     Ready,
     Release,
     Resource,
     StartWorkers,
+    Status,
     Sync,
     Synced,
     WorkerUp,
     channel_pair,
 )
+from mrelay.model.ruleset import rules_digest
 
 FLOW_LIMIT = 64
 Said = tuple[str, object]
@@ -69,6 +73,7 @@ class FakeWorker:
     rules: dict[int, PutRule] = field(default_factory=dict)
     incoming: dict[int, PutRule | None] = field(default_factory=dict)
     silent: bool = False
+    generation: int = 0
 
     def __post_init__(self) -> None:
         self.memory = os.memfd_create("counters")
@@ -79,7 +84,7 @@ class FakeWorker:
         """A new channel: the WorkerUp that tells of it, and its descriptors."""
         ours, theirs = channel_pair()
         self.channel = AsyncChannel(ours, self._receive, lambda _: None)
-        self.rules, self.incoming = {}, {}
+        self.rules, self.incoming, self.generation = {}, {}, 0
         up = WorkerUp(self.number, self.number, os.getpid(), restarts, FLOW_LIMIT)
         return up, [theirs.detach(), os.dup(self.memory)]
 
@@ -97,16 +102,22 @@ class FakeWorker:
         elif isinstance(message, Commit):
             self._commit(message)
         elif isinstance(message, Sync):
-            self._answer(Synced(message.id))
+            self._answer(Synced(message.id, self.generation, self.digest()))
 
     def _commit(self, message: Commit) -> None:
+        if message.whole:
+            self.rules = {}
         for slot, rule in self.incoming.items():
             self.rules.pop(slot, None)
             if rule is not None:
                 self.rules[slot] = rule
-        self.incoming = {}
+        self.incoming, self.generation = {}, message.generation
         self.events.append(("commit", tuple(sorted(self.rules))))
-        self._answer(Committed(message.generation, "io_uring"))
+        self._answer(Committed(message.generation, "io_uring", self.digest()))
+
+    def digest(self) -> int:
+        """As a worker takes it of the rules that it really has."""
+        return rules_digest(self.rules.values())
 
     def _answer(self, message: Message) -> None:
         if not self.silent:
@@ -122,6 +133,7 @@ class FakeSupervisor:
     refuses: dict[Resource, Failed] = field(default_factory=dict)
     workers: list[FakeWorker] = field(default_factory=list)
     listener: int | None = None
+    owner: tuple[int, int] = (os.getuid(), os.getgid())
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -153,7 +165,7 @@ class FakeSupervisor:
             case Listen():
                 assert self.listener is not None
                 self.events.append(("listen", message.mode))
-                self.channel.send(Done(message.id), [os.dup(self.listener)])
+                self.channel.send(Listening(message.id, *self.owner), [os.dup(self.listener)])
             case StartWorkers():
                 self.events.append(("start", message.cores))
                 self.channel.send(Done(message.id))
@@ -161,6 +173,10 @@ class FakeSupervisor:
                     self.start_worker(number)
             case Ready():
                 self.events.append(("ready", message.status))
+            case LogLevel():
+                self.events.append(("level", (message.role, message.level)))
+            case Status():
+                self.events.append(("status", message.text))
             case _:
                 raise BadMessage(str(message))
 

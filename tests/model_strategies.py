@@ -71,6 +71,14 @@ def output_tables(draw: st.DrawFn, version: Version | None = None) -> Table:
     return table | draw(st.fixed_dictionaries({}, optional=options))
 
 
+_numbers = st.integers(1, 10**12)
+rates = st.one_of(
+    _numbers.map(lambda n: f"{n}pps"),
+    _numbers.map(lambda n: f"{n}bit/s"),
+    st.builds("{}kpps, {}.5Mbit/s".format, st.integers(1, 10**6), st.integers(0, 10**5)),
+)
+
+
 @st.composite
 def rule_tables(draw: st.DrawFn) -> Table:
     """A Rule as a table; loops are allowed, as what is generated may well be one."""
@@ -79,7 +87,7 @@ def rule_tables(draw: st.DrawFn) -> Table:
     # Told apart by interface, so no two are the same.
     outputs = draw(st.lists(output_tables(version), min_size=1, max_size=4, unique_by=lambda t: t["interface"]))
     return {"name": draw(names), "from": origin, "to": outputs, "allow_loop": True} | draw(
-        st.fixed_dictionaries({}, optional={"link_local": st.booleans()})
+        st.fixed_dictionaries({}, optional={"link_local": st.booleans(), "rate": rates})
     )
 
 
@@ -91,7 +99,7 @@ def configs(draw: st.DrawFn) -> Config:
         "engine": st.sampled_from(["auto", "uring"]),
         "workers": st.just("auto") | st.integers(1, 64) | cores,
         "gro": st.just("auto") | st.booleans(),
-        "socket_mode": st.sampled_from(["0600", "0660", "640"]),
+        "socket_mode": st.sampled_from(["0600", "0666", "640"]),
         "socket_group": st.sampled_from(["adm", "video_ops", "ops-1"]),
         "flow_limit": st.integers(1, 1 << 20),
         "ring_slots": st.integers(8, 16).map(lambda bits: 1 << bits),

@@ -59,14 +59,20 @@ class FakeRing(ingress.Ring):
     """`put` writes the next slot as the kernel would."""
 
     def put(
-        self, packet_: bytes, *, vlan: int | None = None, segment: int = 0, captured: int | None = None
+        self,
+        packet_: bytes,
+        *,
+        vlan: int | None = None,
+        segment: int = 0,
+        captured: int | None = None,
+        link: int = 14,
     ) -> None:
         slot = self._put = getattr(self, "_put", -1) + 1
-        frame = bytes(14) + packet_
+        frame = bytes(link) + packet_
         held = len(frame) if captured is None else captured
         status = packet.TP_STATUS_USER | (packet.TP_STATUS_VLAN_VALID if vlan else 0)
         at = slot * packet.SLOT
-        mac = packet.L3_OFFSET - 14
+        mac = packet.L3_OFFSET - link
         packet.TPACKET2_HDR.pack_into(
             self.view, at, status, len(frame), held, mac, packet.L3_OFFSET, 1, slot, vlan or 0, 0
         )

@@ -24,10 +24,10 @@ DEADLINE = 20.0  # seconds for a start or a stop on a slow machine
 Stats = dict[str, Any]
 
 
-def rule(name: str, from_: str, *to: str, **options: bool) -> str:
+def rule(name: str, from_: str, *to: str, **options: bool | str) -> str:
     """A [[rule]] table in TOML."""
     lines = [f'[[rule]]\nname = "{name}"\nfrom = "{from_}"\nto = {json.dumps(to)}']
-    return "\n".join([*lines, *(f"{key} = {str(value).lower()}" for key, value in options.items())]) + "\n\n"
+    return "\n".join([*lines, *(f"{key} = {json.dumps(value)}" for key, value in options.items())]) + "\n\n"
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -57,6 +57,8 @@ class Relay:
         *,
         arguments: Sequence[str] = (),
         launcher: Sequence[str] = (),
+        python: str = sys.executable,
+        pass_fds: Sequence[int] = (),
         folder: Path | None = None,
         socket_path: Path | None = None,
     ) -> None:
@@ -68,7 +70,8 @@ class Relay:
         self.state_dir = self.folder / "state"
         self.config = self.folder / "relay.toml"
         self._log = self.folder / "stderr"
-        self._arguments = [*launcher, sys.executable, "-m", "mrelay", "run"]
+        self._arguments = [*launcher, python, "-m", "mrelay", "run"]
+        self._pass_fds = pass_fds
         if config is not None:
             self.config.write_text(config)
             self._arguments += ["--config", str(self.config)]
@@ -85,6 +88,7 @@ class Relay:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
+                pass_fds=self._pass_fds,
             )
         return self
 

@@ -105,10 +105,11 @@ def test_run_becomes_the_supervisor(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "relay.toml").touch()
-    flags = "--config relay.toml --engine uring --workers 2,0 --socket c.sock --state-dir state --user nobody"
+    flags = "--config relay.toml --engine uring --workers 2,0 --socket c.sock --state-dir state"
+    flags += " --user nobody --worker-user daemon"
     assert run("run", *flags.split()).status == 0
     path, *command, settings = executed()
-    assert (path, command) == (sys.executable, [sys.executable, "-m", "mrelay.supervisor"])
+    assert (path, command) == (sys.executable, [sys.executable, "-P", "-m", "mrelay.supervisor"])
     assert json.loads(settings) == {
         "config": str(tmp_path / "relay.toml"),
         "engine": "uring",
@@ -116,6 +117,9 @@ def test_run_becomes_the_supervisor(
         "socket": str(tmp_path / "c.sock"),
         "state_dir": str(tmp_path / "state"),
         "user": "nobody",
+        "worker_user": "daemon",
+        "log_format": "text",
+        "log_level": "info",
     }
 
 
@@ -135,6 +139,9 @@ def test_run_by_default(run: Run, executed: Callable[[], list[str]], monkeypatch
         "socket": "/run/mrelay/control.sock",
         "state_dir": "/var/lib/mrelay",
         "user": None,
+        "worker_user": None,
+        "log_format": "text",
+        "log_level": "info",
     }
 
 

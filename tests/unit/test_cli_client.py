@@ -58,7 +58,9 @@ STATS = {
             "bytes": 1_200_000,
             "pps": 3.5,
             "bps": 28_000.0,
-            "outputs": [{"to": "eth1:239.2.2.2:6000", "packets": 1198, "bytes": 1_198_000, "errors": 2}],
+            "outputs": [
+                {"to": "eth1:239.2.2.2:6000", "state": "up", "packets": 1198, "bytes": 1_198_000, "errors": 2}
+            ],
         }
     ],
     "flows": 1,
@@ -69,6 +71,7 @@ WORKER = {
     "pid": None,
     "state": "restarting",
     "restarts": 3,
+    "repairs": 0,
     "egress": "io_uring",
     "flows": 7,
     "received": 1_000_000,
@@ -132,7 +135,7 @@ def test_stats_add_up_and_hide_reasons_that_never_happened(run: Run, relay: Fake
 def test_workers(run: Run, relay: FakeRelay) -> None:
     relay.answer("GET /v1/workers", {"workers": [WORKER]})
     row = run("workers").out.splitlines()[1].split()
-    assert row == ["0", "1", "-", "restarting", "3", "io_uring", "7", "1,000,000", "42", "%"]
+    assert row == ["0", "1", "-", "restarting", "3", "0", "io_uring", "7", "1,000,000", "42", "%"]
 
 
 def test_rule_list_shows_the_state_of_rules_and_outputs(run: Run, relay: FakeRelay) -> None:

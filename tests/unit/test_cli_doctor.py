@@ -19,6 +19,7 @@ HEALTH = {
     "engine": "uring",
     "egress": "io_uring",
     "uptime": 3.0,
+    "landlock": 7,
 }
 OFF = ethtool.Feature(available=True, requested=False, active=False, never_changed=False)
 ON = ethtool.Feature(available=True, requested=True, active=True, never_changed=False)
@@ -43,6 +44,9 @@ def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "try_io_uring", lambda: 0)
     monkeypatch.setattr(host, "holds", lambda _: True)
     monkeypatch.setattr(host, "may_hold", lambda _: True)
+    monkeypatch.setattr(host, "landlock_abi", lambda: 7)
+    monkeypatch.setattr(host, "seccomp_available", lambda: True)
+    monkeypatch.setattr(host, "user_exists", lambda _: True)
     monkeypatch.setattr(host, "interfaces", lambda: ["eth0", "lo"])
     monkeypatch.setattr(
         host, "interface_flags", lambda name: host.IFF_UP | (host.IFF_LOOPBACK if name == "lo" else 0)
@@ -64,7 +68,7 @@ def test_a_good_host(run: Run, relay: FakeRelay) -> None:
     relay.answer("GET /v1/health", HEALTH)
     found = findings(run)
     assert {each.verdict for each in found.values()} == {"ok"}
-    assert found["relay"].found == "0.1.0 is ready, engine uring, egress io_uring"
+    assert found["relay"].found == "0.1.0 is ready, engine uring, egress io_uring, seccomp and Landlock ABI 7"
     assert "offloads of lo" not in found
     assert "switches it on" in found["offloads of eth0"].consequence
 
@@ -118,6 +122,26 @@ def test_an_ordinary_user_is_told_to_use_sudo(run: Run, monkeypatch: pytest.Monk
     assert found.verdict == "warn"
     assert "CAP_NET_RAW" in found.found
     assert "sudo mrelay run" in found.remedy
+
+
+def test_a_host_without_landlock(run: Run, relay: FakeRelay, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "landlock_abi", lambda: 0)
+    relay.answer("GET /v1/health", HEALTH | {"landlock": 0})
+    found = findings(run)
+    assert (found["landlock"].verdict, found["seccomp"].verdict) == ("warn", "ok")
+    assert "no Landlock" in found["relay"].found
+
+
+def test_a_host_without_seccomp(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "seccomp_available", lambda: False)
+    assert findings(run, status=1)["seccomp"].verdict == "bad"
+
+
+def test_a_user_that_is_not_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "user_exists", lambda name: name == "mrelay")
+    found = findings(run)["users"]
+    assert (found.verdict, found.found) == ("warn", "no user mrelay-worker")
+    assert found.remedy == "useradd --system --shell /usr/sbin/nologin mrelay-worker"
 
 
 def test_sysctls(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

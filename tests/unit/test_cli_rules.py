@@ -32,7 +32,7 @@ BAD = FILE.replace("239.1.1.1:5000", "10.0.0.0/8:5000").replace("239.2.2.4:6000"
 def running(name: str, origin: str, *to: str) -> dict[str, object]:
     """A rule as GET /v1/rules lists it."""
     outputs = [{"to": each, "state": "up"} for each in to]
-    flags = {"link_local": False, "allow_loop": False}
+    flags = {"link_local": False, "allow_loop": False, "rate": None}
     return {"name": name, "from": origin, "to": list(to), **flags, "state": "up", "outputs": outputs}
 
 
@@ -229,3 +229,18 @@ def test_check_warns_of_a_limit_of_nought(
     monkeypatch.setattr(host, "sysctl", lambda _: 0)
     out = run("check", str(file)).out
     assert "sysctl -w net.ipv4.igmp_max_memberships=20" in out
+
+
+def test_a_rate_is_sent_listed_and_saved(run: Run, relay: FakeRelay) -> None:
+    limited = running("a", "eth0:239.1.1.1:5000", "eth1:239.9.9.9:6000") | {"rate": "10kpps"}
+    relay.answer("POST /v1/rules", limited, status=201)
+    relay.answer("GET /v1/rules", {"rules": [limited]})
+    assert (
+        run(
+            "rule", "add", "a", "--from", "eth0:239.1.1.1:5000", "--to", "eth1:239.9.9.9:6000", "--rate", "10kpps"
+        )[0]
+        == 0
+    )
+    assert relay.requests[-1][2]["rate"] == "10kpps"
+    assert "at most 10kpps" in run("rule", "list")[1]
+    assert 'rate = "10kpps"' in run("save")[1]

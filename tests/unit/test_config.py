@@ -97,7 +97,6 @@ def test_an_empty_file_is_all_defaults() -> None:
         ("workers = true", "workers", "true", '"auto"'),
         ('gro = "yes"', "gro", "'yes'", "true or false"),
         ("gro = 1", "gro", "1", "true or false"),
-        ('socket_mode = "0666"', "socket_mode", "everyone", "socket_group"),
         ('socket_mode = "rw"', "socket_mode", "'rw'", '"0660"'),
         ("socket_mode = 0o660", "socket_mode", "432", '"0660"'),
         ('socket_group = "a b"', "socket_group", "'a b'", "getent"),

@@ -1,12 +1,13 @@
 """The table of links: epochs, names; and a real dump, which needs no privilege."""
 
 import asyncio
+import struct
 from dataclasses import replace
 
 from pyroute2 import AsyncIPRoute
 
 from fake_roles import run
-from mrelay.control.links import Link, LinkTable, LinkWatcher, dump
+from mrelay.control.links import Link, LinkTable, LinkWatcher, deleted, dump
 from mrelay.messages import OpenEgress
 
 ETH0 = Link("eth0", 2, True, frozenset({"10.0.0.1"}), frozenset({"fe80::1"}))
@@ -50,6 +51,25 @@ def test_a_link_that_comes_back_is_another_link() -> None:
     table.update([replace(ETH0, ifindex=9)])
     assert table.name(9) == "eth0"
     assert table.epoch(9, 4) == 0
+
+
+def test_a_number_that_another_link_has_now_is_told_once() -> None:
+    table = LinkTable()
+    table.update([ETH0])
+    assert table.update([ETH0], {2, 7}), "gone and there again: another one"
+    assert table.take_replaced() == {2}
+    assert table.take_replaced() == set()
+
+
+def test_links_that_went_are_read_from_the_events() -> None:
+    def message(kind: int, family: int, ifindex: int, attributes: bytes = b"") -> bytes:
+        body = struct.pack("=BxHiII", family, 1, ifindex, 0, 0) + attributes
+        return struct.pack("=IHHII", 16 + len(body), kind, 0, 0, 0) + body
+
+    gone = message(17, 0, 5, b"\x08\0\1\0abcd") + message(16, 0, 6) + message(17, 7, 8) + message(17, 0, 9)
+    assert deleted(gone) == {5, 9}
+    assert deleted(gone[:-20]) == {5}
+    assert deleted(bytes(400)) == set()
 
 
 def test_a_dump_has_the_loopback_interface() -> None:

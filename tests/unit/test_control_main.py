@@ -4,6 +4,7 @@ import asyncio
 import errno
 import http.client
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from fake_roles import FakeSupervisor, run, until
+from mrelay import logs
 from mrelay.control.main import Control
 from mrelay.control.state import NAME, StateFile
 from mrelay.messages import Held, OpenIngress, Reload, Resource, Setup, Stop, WorkerDown
@@ -27,7 +29,7 @@ from mrelay.worker.flows import key_words
 RULE_A = {"name": "a", "from": "lo:239.1.1.1:5000", "to": ["lo:239.2.2.2:6000"]}
 RULE_B = {"name": "b", "from": "lo:239.1.1.2:5000-5001,vlan=7", "to": ["lo:*:*,ttl=8", "eth9:*:*"]}
 CONFIG_A = '[[rule]]\nname = "a"\nfrom = "lo:239.1.1.1:5000"\nto = ["lo:239.2.2.2:6000"]\n'
-STATES = {"link_local": False, "allow_loop": False, "state": "up"}
+STATES = {"link_local": False, "allow_loop": False, "rate": None, "state": "up"}
 VIEW_A = {**RULE_A, **STATES, "outputs": [{"to": "lo:239.2.2.2:6000", "state": "up"}]}
 
 
@@ -81,7 +83,7 @@ class Scene:
         self.fake.channel.send(Setup(name, "state", None, workers, len(self._held), restarted), fds)
         for what in self._held:
             self.fake.channel.send(Held(what))
-        return asyncio.create_task(Control(self.fake.theirs).serve())
+        return asyncio.create_task(Control(self.fake.theirs, lambda _: 0).serve())
 
     def config_fd(self, text: str) -> int:
         fd = os.memfd_create("config")
@@ -139,6 +141,7 @@ def test_health(tmp_path: Path) -> None:
             health = (await it.api("GET", "/v1/health")).body
             assert health.pop("uptime") >= 0
             assert health.pop("version")
+            assert health.pop("landlock") == 0
             assert health == {"ready": True, "pid": os.getppid(), "engine": "uring", "egress": "io_uring"}
 
     run(work)
@@ -155,23 +158,23 @@ def test_health(tmp_path: Path) -> None:
     ],
 )
 def test_a_config_that_cannot_be_used(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], config: str, workers: str | None, said: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, config: str, workers: str | None, said: str
 ) -> None:
     async def work() -> None:
         life = await Scene(tmp_path, config).start(workers=workers)
         assert await life == 78
 
     run(work)
-    assert said in capfd.readouterr().err
+    assert said in caplog.text
 
 
-def test_every_issue_has_a_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_issue_has_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def work() -> None:
         bad = '[[rule]]\nname = "x"\nfrom = "lo:nonsense"\nto = []\n[relay]\nflow_limt = 1\n'
         assert await (await Scene(tmp_path, bad).start()) == 78
 
     run(work)
-    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("relay.toml: ")]
+    lines = [line for line in caplog.text.splitlines() if line.startswith("relay.toml: ")]
     assert len(lines) == 3
 
 
@@ -306,7 +309,7 @@ def test_numbers(tmp_path: Path) -> None:
             assert stats["flows"] == 1
             (rule,) = stats["rules"]
             assert (rule["name"], rule["packets"], rule["bytes"]) == ("a", 7, 700)
-            output = {"to": "lo:239.2.2.2:6000", "packets": 6, "bytes": 600, "errors": 1}
+            output = {"to": "lo:239.2.2.2:6000", "state": "up", "packets": 6, "bytes": 600, "errors": 1}
             assert rule["outputs"] == [output]
             (flow,) = (await it.api("GET", "/v1/flows")).body["flows"]
             assert (flow["source"], flow["group"], flow["port"]) == ("10.0.0.2", "239.1.1.1", 5000)
@@ -325,9 +328,16 @@ def test_workers(tmp_path: Path) -> None:
         async with relay(tmp_path) as it:
             (worker,) = (await it.api("GET", "/v1/workers")).body["workers"]
             assert worker.pop("cpu_percent") >= 0
-            expected = {"worker": 0, "core": 0, "pid": os.getpid(), "state": "running", "restarts": 0}
+            expected = {
+                "worker": 0,
+                "core": 0,
+                "pid": os.getpid(),
+                "state": "running",
+                "restarts": 0,
+                "repairs": 0,
+            }
             assert worker == {**expected, "egress": "io_uring", "flows": 0, "received": 0}
-            it.fake.channel.send(WorkerDown(0, 1, "signal SIGKILL"))
+            it.fake.channel.send(WorkerDown(0, 1, "signal SIGKILL", "", 0.0))
             while True:
                 (worker,) = (await it.api("GET", "/v1/workers")).body["workers"]
                 if worker["state"] == "restarting":
@@ -383,6 +393,39 @@ def test_reload(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
             it.fake.channel.send(Reload("can't open relay.toml: No such file or directory"))
             await until(lambda: "can't open relay.toml" in caplog.text)
             assert await it.names() == ["b"]
+
+    run(work)
+
+
+def test_log_levels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mrelay.logs._settings", logs._Settings())
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "level", root.level)
+
+    async def work() -> None:
+        async with relay(tmp_path) as it:
+            assert (await it.api("GET", "/v1/log")).body == dict.fromkeys(logs.ROLES, "info")
+            changed = {"supervisor": "info", "control": "error", "worker": "debug"}
+            answer = await it.api("PATCH", "/v1/log", {"worker": "debug", "control": "error"})
+            assert answer == (200, changed)
+            assert root.level == logging.ERROR
+            await until(lambda: len(it.fake.said("level")) == 2)
+            assert it.fake.said("level") == [("worker", "debug"), ("control", "error")]
+            for bad in ({}, {"cook": "info"}, {"worker": "loud"}, {"worker": ["info"]}, {"control": 10}):
+                assert (await it.api("PATCH", "/v1/log", bad)).status == 422
+            assert (await it.api("GET", "/v1/log")).body == changed
+            assert len(it.fake.said("level")) == 2
+
+    run(work)
+
+
+def test_status_follows_the_rules(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with relay(tmp_path, CONFIG_A) as it:
+            await it.api("POST", "/v1/rules", RULE_B)
+            await until(lambda: it.fake.said("status") == ["1 of 2 rules up, 1 workers"])
+            it.reload("")
+            await until(lambda: len(it.fake.said("ready")) == 2)
 
     run(work)
 

@@ -14,10 +14,12 @@ from fake_roles import Roles, Said, run, until
 from mrelay.control import reconcile, workers
 from mrelay.control.links import Link, LinkTable
 from mrelay.control.reconcile import Reconciler
+from mrelay.control.routes import Hop, NextHops
 from mrelay.control.rulebook import Rulebook
 from mrelay.control.state import State, StateFile
 from mrelay.control.want import UP, Gro, rule_state
 from mrelay.messages import (
+    Committed,
     HoldUnicast,
     JoinGroup,
     OpenEgress,
@@ -33,7 +35,7 @@ ETH1 = Link("eth1", 3, True, frozenset({"10.0.1.1"}))
 A = "eth0:239.1.1.1:5000"
 JOIN = JoinGroup(2, "239.1.1.1", None)
 RING = OpenIngress(2, 1024)
-GRO = SetGro(2, "eth0")
+GRO = SetGro(2)
 EGRESS = OpenEgress(0, 3, 4, "239.2.2.2", 6000, "egress", 0)
 
 
@@ -50,11 +52,13 @@ class Scene(Roles):
         self.links.update([ETH0, ETH1])
         file = Mock(spec=StateFile)
         self.book = Rulebook(State(), file, self.workers.read_rule, self.workers.read_link)
+        self.hops = NextHops(Mock())
         self.reconciler = Reconciler(
             self.supervisor,
             self.workers,
             self.links,
             self.book,
+            self.hops,
             settings=Gro("auto", 1024),
             held=held,
         )
@@ -76,7 +80,7 @@ class Scene(Roles):
         return list(self.fake.events)
 
     def state(self, number: int = 0) -> str:
-        return rule_state(self.reconciler.plans[number], self.reconciler.failed)
+        return rule_state(self.reconciler.plans[number], self.reconciler.trouble())
 
 
 @asynccontextmanager
@@ -147,6 +151,25 @@ def test_a_failed_output_stops_no_other() -> None:
             assert [it.state(0), it.state(1)] == ["error: no buffer space", UP]
             (worker,) = it.fake.workers
             assert [len(put.outputs) for put in worker.rules.values()] == [1, 1]
+
+    run(work)
+
+
+def test_an_output_without_a_route_says_so_and_stays_open() -> None:
+    async def work() -> None:
+        async with scene() as it:
+            await it.rules(rule("a", A, "eth1:10.9.9.9:6000", "eth1:239.2.2.2:6000"))
+            assert it.hops._hops == {Hop(3, "10.9.9.9", noarp=False)}, "groups need no next hop"
+            it.hops.problems = {Hop(3, "10.9.9.9", noarp=False): "no route to 10.9.9.9"}
+            it.reconciler.hops_changed()
+            assert it.state() == "no route to 10.9.9.9"
+            assert it.reconciler.output_states() == {
+                ("a", "eth1:10.9.9.9:6000"): "no route to 10.9.9.9",
+                ("a", "eth1:239.2.2.2:6000"): "up",
+            }
+            assert len(it.reconciler.running[0].outputs) == 2
+            it.hops.problems = {}
+            assert it.state() == "up"
 
     run(work)
 
@@ -265,13 +288,14 @@ def test_a_restarted_worker_gets_all_rules() -> None:
             await it.rules(rule(), rule("b"))
             worker = it.fake.workers[1]
             worker.count(5)
-            it.workers.down(WorkerDown(1, 1, "signal SIGKILL"))
+            it.workers.down(WorkerDown(1, 1, "signal SIGKILL", "", 0.0))
             assert it.workers.by_number[1].state == "restarting"
             it.workers.up(*worker.connect(restarts=1))
             assert await it.settle() == [("commit", (0, 1))]
             assert sorted(worker.rules) == [0, 1]
             again = it.workers.by_number[1]
-            assert (again.state, again.restarts, again.counters.received) == ("running", 1, 5)
+            await until(lambda: again.state == "running")
+            assert (again.restarts, again.counters.received) == (1, 5)
 
     run(work)
 
@@ -303,10 +327,13 @@ def test_a_stuck_worker_delays_only(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     assert "worker 1 did not take generation" in caplog.text
 
 
-def test_a_worker_that_says_nonsense_is_reported() -> None:
+@pytest.mark.parametrize(
+    "message", [WorkerDown(0, 1, "not for a worker to say", "", 0.0), Committed(1, "\ud800", 0)]
+)
+def test_a_worker_that_says_nonsense_is_reported(message: WorkerDown | Committed) -> None:
     async def work() -> None:
         async with scene() as it:
-            it.fake.workers[0].channel.send(WorkerDown(0, 1, "not for a worker to say"))
+            it.fake.workers[0].channel.send(message)
             await until(lambda: bool(it.bad))
 
     run(work)

@@ -5,11 +5,12 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mrelay.control.slots import Slots
-from mrelay.control.state import NAME, State, StateFile, encode
+from mrelay.control.state import MIGRATIONS, NAME, VERSION, State, StateFile, encode
 from mrelay.model.config import RelaySettings
 from mrelay.model.rule import Rule
 
@@ -44,8 +45,8 @@ def test_it_comes_back_as_it_was(file: StateFile, tmp_path: Path) -> None:
     assert (tmp_path / NAME).stat().st_mode & 0o777 == 0o600
 
 
-def newer() -> bytes:
-    return json.dumps({**json.loads(encode(STATE)), "version": 2}).encode()
+def of_version(version: object, state: State = STATE) -> bytes:
+    return json.dumps({**json.loads(encode(state)), "version": version}).encode()
 
 
 def refused_rule() -> bytes:
@@ -60,15 +61,26 @@ def without_slots() -> bytes:
     return json.dumps(table).encode()
 
 
+def with_slots(**changes: object) -> bytes:
+    table = json.loads(encode(STATE))
+    table["slots"] |= changes
+    return json.dumps(table).replace("Infinity", "1e999").encode()
+
+
 UNUSABLE = {
     "empty": b"",
     "half": encode(STATE)[:100],
     "binary": b"\xff\x00\xfe",
     "deep": b"[" * 100_000,
     "other": b"[1, 2]",
-    "newer": newer(),
+    "unversioned": of_version("2"),
+    "version-0": of_version(0),
     "refused": refused_rule(),
     "incomplete": without_slots(),
+    "infinite": with_slots(next=[float("inf"), 0]),
+    "outside": with_slots(rules=[["a", 1 << 30, 1, 2]]),
+    "negative": with_slots(rules=[["a", -1, 1, 2]]),
+    "twice": with_slots(rules=[["a", 1, 1, 2], ["b", 1, 1, 2]]),
 }
 
 
@@ -88,10 +100,118 @@ def test_what_cannot_be_used_is_set_aside(
     assert all("kept as state.json.corrupt-" in message for message in errors)
 
 
-def test_a_newer_version_is_named(file: StateFile, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / NAME).write_bytes(newer())
-    file.load()
-    assert "version 2" in caplog.text
+def test_a_newer_version_is_set_aside_and_ours_of_before_is_used(
+    file: StateFile, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours = State((OTHER,))
+    (tmp_path / NAME).write_bytes(of_version(2))
+    (tmp_path / f"{NAME}.v1").write_bytes(encode(ours))
+    assert file.load() == ours
+    (aside,) = tmp_path.glob("state.json.v2-*")
+    assert aside.read_bytes() == of_version(2)
+    assert not (tmp_path / NAME).exists()
+    for word in ("version 2", "knows version 1", aside.name, "starting from state.json.v1"):
+        assert word in caplog.text
+    file.save(ours)
+    assert file.load() == ours
+
+
+@pytest.mark.parametrize("kept", [None, b"{", of_version(3)], ids=["none", "corrupt", "newer"])
+def test_a_newer_version_without_a_usable_one_of_ours(
+    file: StateFile, tmp_path: Path, kept: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / NAME).write_bytes(of_version(2))
+    if kept is not None:
+        (tmp_path / f"{NAME}.v1").write_bytes(kept)
+    assert file.load() is None
+    assert [path.read_bytes() for path in tmp_path.glob("state.json.v2-*")] == [of_version(2)]
+    assert "starting without the rules added at run time" in caplog.text
+    assert kept is None or (tmp_path / f"{NAME}.v1").read_bytes() == kept
+
+
+def test_newer_ones_never_replace_each_other(file: StateFile, tmp_path: Path) -> None:
+    for state in (STATE, State((OTHER,))):
+        (tmp_path / NAME).write_bytes(of_version(2, state))
+        file.load()
+    found = {path.read_bytes() for path in tmp_path.glob("state.json.v2-*")}
+    assert found == {of_version(2), of_version(2, State((OTHER,)))}
+
+
+def test_there_is_a_migration_from_every_older_version() -> None:
+    assert sorted(MIGRATIONS) == list(range(1, VERSION))
+
+
+@pytest.fixture
+def third(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this were the third version: the first had no file_rules, the second called the slots otherwise."""
+
+    def to_second(table: dict[str, Any]) -> dict[str, Any]:
+        return {**table, "file_rules": table["rules"], "places": table["slots"]}
+
+    def to_third(table: dict[str, Any]) -> dict[str, Any]:
+        return {**table, "slots": table["places"]}
+
+    monkeypatch.setattr("mrelay.control.state.VERSION", 3)
+    monkeypatch.setattr("mrelay.control.state.MIGRATIONS", {1: to_second, 2: to_third})
+
+
+def first_version() -> bytes:
+    table = json.loads(of_version(1))
+    del table["file_rules"]
+    return json.dumps(table).encode()
+
+
+@pytest.mark.usefixtures("third")
+def test_an_older_version_is_migrated_step_by_step_and_kept(file: StateFile, tmp_path: Path) -> None:
+    (tmp_path / NAME).write_bytes(first_version())
+    state = file.load()
+    assert state == State(STATE.rules, STATE.rules, STATE.slots, STATE.relay)
+    assert (tmp_path / f"{NAME}.v1").read_bytes() == first_version()
+    assert (tmp_path / f"{NAME}.v1").stat().st_mode & 0o777 == 0o600
+    file.save(state)
+    assert json.loads((tmp_path / NAME).read_bytes())["version"] == 3
+    assert file.load() == state
+    assert {path.name for path in tmp_path.iterdir()} == {NAME, f"{NAME}.v1"}
+
+
+@pytest.mark.usefixtures("third")
+def test_an_older_version_that_cannot_be_migrated_is_lost_to_nobody(file: StateFile, tmp_path: Path) -> None:
+    (tmp_path / NAME).write_bytes(b'{"version": 2, "rules": []}')
+    assert file.load() is None
+    (aside,) = tmp_path.glob("state.json.corrupt-*")
+    assert aside.read_bytes() == b'{"version": 2, "rules": []}'
+
+
+def test_there_and_back(file: StateFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upgrade, a rule more, rollback: as before the upgrade. Upgrade again: goes on from there."""
+    file.save(STATE)
+    with monkeypatch.context() as newer:
+        newer.setattr("mrelay.control.state.VERSION", 2)
+        newer.setattr("mrelay.control.state.MIGRATIONS", {1: lambda table: table})
+        assert file.load() == STATE
+        file.save(State((OTHER,)))
+    assert file.load() == STATE
+    file.save(STATE)
+    with monkeypatch.context() as newer:
+        newer.setattr("mrelay.control.state.VERSION", 2)
+        newer.setattr("mrelay.control.state.MIGRATIONS", {1: lambda table: table})
+        assert file.load() == STATE
+    assert [json.loads(path.read_bytes())["version"] for path in tmp_path.glob("state.json.v2-*")] == [2]
+
+
+@pytest.mark.usefixtures("third")
+def test_a_disk_without_room_for_the_kept_one(
+    file: StateFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / NAME).write_bytes(first_version())
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert file.load() is not None
+    assert "can't be kept for a rollback: No space" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
 def test_a_save_that_fails_leaves_what_was(

@@ -12,6 +12,7 @@ from mrelay.control.want import (
     RulePlan,
     in_force,
     output_state,
+    own_sources,
     plan_rules,
     rule_state,
 )
@@ -33,6 +34,7 @@ DOWN = Link("eth2", 4, False)
 ANY_V4 = 0, 2**32 - 1
 GRO = Gro("auto", 1024)
 NONE_FAILED: dict[Resource, str] = {}
+NO_OWN: dict[int, tuple[int, ...]] = {4: (), 6: ()}
 
 
 def rule(origin: str, *outputs: str, name: str = "r") -> Rule:
@@ -53,7 +55,7 @@ def plan(
 
 def compiled(origin: str, *outputs: str) -> PutRule:
     (one,) = plan(rule(origin, *outputs))
-    put = in_force(one, one.needs())
+    put = in_force(one, one.needs(), NO_OWN)
     assert put is not None
     return put
 
@@ -70,7 +72,7 @@ def test_a_plain_rule_compiled() -> None:
     put = compiled("eth0:239.1.1.1:5000", "eth1:239.2.2.2:6000")
     group = number("239.1.1.1")
     output = RuleOutput(link=0, output=0, oif=3, address="239.2.2.2", port=6000, ttl=0, dscp=-1, keep=False)
-    assert put == PutRule(0, 2, 0, 4, group, group, 5000, 5000, *ANY_V4, (output,))
+    assert put == PutRule(0, 2, 0, 4, group, group, 5000, 5000, *ANY_V4, 0, 0, (), (output,))
 
 
 def test_ranges_are_closed() -> None:
@@ -103,7 +105,7 @@ def test_an_outputs_own_family_wins() -> None:
 def test_what_a_multicast_rule_opens_and_joins() -> None:
     (one,) = plan(rule("eth0:239.1.1.1:5000", "eth1:239.2.2.2:6000"))
     egress = OpenEgress(0, 3, 4, "239.2.2.2", 6000, "egress", 0)
-    assert one.opens() == {OpenIngress(2, 1024), SetGro(2, "eth0"), egress}
+    assert one.opens() == {OpenIngress(2, 1024), SetGro(2), egress}
     assert one.needs() == one.opens() | {JoinGroup(2, "239.1.1.1", None)}
 
 
@@ -138,14 +140,14 @@ def test_a_unicast_input_is_held_not_joined() -> None:
 def test_a_missing_interface_is_waited_for() -> None:
     (one,) = plan(rule("eth9:239.1.1.1:5000", "eth1:239.2.2.2:6000"))
     assert rule_state(one, NONE_FAILED) == "waiting: no interface eth9"
-    assert in_force(one, one.needs()) is None
+    assert in_force(one, one.needs(), NO_OWN) is None
     (one,) = plan(rule("eth0:239.1.1.1:5000", "eth1:239.2.2.2:6000", "eth9:239.2.2.2:6000"))
     assert rule_state(one, NONE_FAILED) == "waiting: no interface eth9"
     assert [output_state(output, NONE_FAILED) for output in one.outputs] == [
         UP,
         "waiting: no interface eth9",
     ]
-    put = in_force(one, one.needs())
+    put = in_force(one, one.needs(), NO_OWN)
     assert put is not None
     assert [output.oif for output in put.outputs] == [3]
 
@@ -155,7 +157,7 @@ def test_a_link_that_is_down_opens_nothing_and_closes_nothing() -> None:
     assert rule_state(one, NONE_FAILED) == "waiting: eth2 is down"
     assert one.opens() == set()
     assert OpenIngress(4, 1024) in one.needs()
-    put = in_force(one, one.needs())
+    put = in_force(one, one.needs(), NO_OWN)
     assert put is not None
     assert put.outputs == ()
 
@@ -164,13 +166,38 @@ def test_what_failed_shows_and_is_left_out() -> None:
     (one,) = plan(rule("eth0:239.1.1.1:5000", "eth1:239.2.2.2:6000", "eth1:239.2.2.3:6000"))
     bad = one.outputs[0].egress
     assert bad is not None
-    put = in_force(one, one.needs() - {bad})
+    put = in_force(one, one.needs() - {bad}, NO_OWN)
     assert put is not None
     assert [output.address for output in put.outputs] == ["239.2.2.3"]
-    assert rule_state(one, {bad: "no route"}) == "error: no route"
-    assert output_state(one.outputs[0], {bad: "no route"}) == "error: no route"
-    assert output_state(one.outputs[1], {bad: "no route"}) == UP
-    assert in_force(one, one.needs() - {OpenIngress(2, 1024)}) is None
+    assert rule_state(one, {bad: "error: no route"}) == "error: no route"
+    assert output_state(one.outputs[0], {bad: "error: no route"}) == "error: no route"
+    assert output_state(one.outputs[1], {bad: "error: no route"}) == UP
+    assert in_force(one, one.needs() - {OpenIngress(2, 1024)}, NO_OWN) is None
+
+
+def test_what_the_relay_sends_from_is_not_taken_back_unless_allowed() -> None:
+    table = LinkTable()
+    table.update([ETH0, ETH1, DOWN])
+    one, other = plan(
+        rule("eth0:239.1.1.1:5000", "eth1:239.2.2.2:6000", name="a"),
+        rule("eth1:239.1.1.2:5000", "eth0:239.2.2.2:6000,source=10.9.9.9", "eth0:*:*,source=keep", name="b"),
+    )
+    own = own_sources([one, other], table)
+    assert own == {
+        4: (int(ip_address("10.0.1.1")), int(ip_address("10.9.9.9"))),
+        6: (int(ip_address("fe80::1")),),
+    }
+    put = in_force(one, one.needs(), own)
+    assert put is not None
+    assert put.own == own[4]
+    exempt = rule("eth0:239.1.1.1:5000", "eth1:239.2.2.2:6000").model_copy(update={"allow_loop": True})
+    loopback = Link("lo", 1, True, frozenset({"127.0.0.1"}), loopback=True)
+    for free in plan(
+        exempt, rule("lo:239.1.1.1:5000", "eth1:239.2.2.2:6000", name="l"), links=(loopback, ETH0, ETH1)
+    ):
+        put = in_force(free, free.needs(), own)
+        assert put is not None
+        assert put.own == ()
 
 
 def test_equal_outputs_share_a_socket_unequal_ttl_does_not() -> None:

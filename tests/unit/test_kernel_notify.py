@@ -56,3 +56,27 @@ def test_watchdog_interval() -> None:
     assert notify.watchdog_interval({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": pid}) == 30.0
     assert notify.watchdog_interval({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "1"}) is None
     assert notify.watchdog_interval({"WATCHDOG_USEC": "soon"}) is None
+
+
+def test_a_descriptor_is_given_by_name(manager: socket.socket) -> None:
+    with socket.socket(socket.AF_UNIX) as mine:
+        assert notify.store("join-3-77", mine.fileno()) and notify.unstore("join-3-77")
+        text, fds, _, _ = socket.recv_fds(manager, 1000, 4)
+        assert text == b"FDSTORE=1\nFDNAME=join-3-77\nFDPOLL=0"
+        assert [os.fstat(fd).st_ino for fd in fds] == [os.fstat(mine.fileno()).st_ino]
+        os.close(fds[0])
+    assert manager.recv(1000) == b"FDSTOREREMOVE=1\nFDNAME=join-3-77"
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {},
+        {"LISTEN_PID": "1", "LISTEN_FDS": "2", "LISTEN_FDNAMES": "a:b"},
+        {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "many", "LISTEN_FDNAMES": "a"},
+        {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "0", "LISTEN_FDNAMES": ""},
+    ],
+)
+def test_nothing_was_kept_for_us(environ: dict[str, str]) -> None:
+    assert notify.stored(environ) == []
+    assert environ == {}, "and no child may think that it was"

@@ -12,10 +12,12 @@ from mrelay.messages import (
     Channel,
     Grant,
     JoinGroup,
+    LogLevel,
     OpenEgress,
     PutRule,
     RuleOutput,
     Setup,
+    Status,
     Stop,
     Sync,
     WorkerUp,
@@ -28,9 +30,13 @@ EXAMPLES = [
     Grant(1, JoinGroup(3, "239.1.1.1", None)),
     Grant(2, OpenEgress(4, 3, 6, "ff3e::1", 5000, "keep", 0)),
     Setup(None, "/var/lib/mrelay", "auto", None, 0, False),
-    PutRule(1, 2, 0, 6, 2**127, 2**128 - 1, 1, 2, 3, 4, (RuleOutput(0, 1, 2, None, None, 0, -1, True),)),
+    PutRule(
+        1, 2, 0, 6, 2**127, 2**128 - 1, 1, 2, 3, 4, 5, 6, (7,), (RuleOutput(0, 1, 2, None, None, 0, -1, True),)
+    ),
     WorkerUp(0, 1, 2, 3, 4),
     Stop(),
+    LogLevel("worker", "debug"),
+    Status("1 of 2 rules up"),
 ]
 
 
@@ -94,5 +100,18 @@ def test_descriptors_go_along_and_a_bad_message_leaks_none() -> None:
         receiver.receive()
     assert len(os.listdir("/proc/self/fd")) == before
     sender.close()
+    assert receiver.receive() is None
+    receiver.close()
+
+
+def test_an_empty_datagram_with_descriptors_leaks_none() -> None:
+    a, b = channel_pair()
+    receiver = Channel(b)
+    before = len(os.listdir("/proc/self/fd"))
+    a.sendmsg([b""], [(1, 1, (0).to_bytes(4, "little"))])
+    with pytest.raises(BadMessage):
+        receiver.receive()
+    assert len(os.listdir("/proc/self/fd")) == before
+    a.close()
     assert receiver.receive() is None
     receiver.close()

@@ -150,7 +150,49 @@ def test_table_to_rule_to_table_loses_nothing(value: Table) -> None:
 
 words = st.text() | st.sampled_from(["eth0:239.1.1.1:5000", "eth1:*:*", "eth0:*:*", "eth1:224.0.0.1:5,ttl=1"])
 values: st.SearchStrategy[Any] = st.none() | st.booleans() | st.integers() | words | st.lists(words, max_size=3)
-keys = st.sampled_from(["name", "from", "to", "link_local", "allow_loop"]) | st.text()
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("10kpps", "10kpps"),
+        ("10000pps", "10kpps"),
+        ("1.5kpps", "1500pps"),
+        ("50 Mbit/s", "50Mbit/s"),
+        ("0.001kbit/s,1pps", "1pps,1bit/s"),
+        ("1000Gbit/s", "1000Gbit/s"),
+    ],
+)
+def test_rates(text: str, canonical: str) -> None:
+    limited = Rule.read(table("eth0:239.1.1.1:5", "eth1:*:*", rate=text))
+    assert limited.to_table()["rate"] == canonical
+    assert Rule.read(limited.to_table()) == limited
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "10",
+        "10kbps",
+        "0pps",
+        "0.0001pps",
+        "1001Gpps",
+        "1pps,2pps",
+        "1pps,",
+        "-1pps",
+        10,
+        True,
+        ["1pps"],
+    ],
+)
+def test_what_is_no_rate(value: object) -> None:
+    (issue,) = complaints(table("eth0:239.1.1.1:5", "eth1:*:*", rate=value))
+    assert issue.key == "rate"
+    assert "10kpps" in issue.remedy or "leave rate out" in issue.remedy
+
+
+keys = st.sampled_from(["name", "from", "to", "link_local", "allow_loop", "rate"]) | st.text()
 
 
 @given(values | st.dictionaries(keys, values))

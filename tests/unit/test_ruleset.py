@@ -1,12 +1,16 @@
 """Resolving flows against rules: union, duplicates, `*`, and the index against plain search."""
 
 import ipaddress
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mrelay.messages import PutRule, RuleOutput
-from mrelay.model.ruleset import NOWHERE, FlowKey, RuleSet, takes
+from mrelay.model.ruleset import NOWHERE, FlowKey, RuleSet, rules_digest, takes
 
 
 def number(text: str) -> int:
@@ -23,7 +27,7 @@ def rule(slot: int, *outputs: RuleOutput, group: str = "239.1.1.1/32", ports: tu
          source: tuple[int, int] = (0, 2**32 - 1), vlan: int = 0) -> PutRule:  # fmt: skip
     net = ipaddress.ip_network(group)
     low, high = int(net[0]), int(net[-1])
-    return PutRule(slot, 1, vlan, net.version, low, high, *ports, *source, outputs)
+    return PutRule(slot, 1, vlan, net.version, low, high, *ports, *source, 0, 0, (), outputs)
 
 
 KEY = FlowKey(1, 0, 4, number("10.1.1.9"), number("239.1.1.1"), 5000)
@@ -92,3 +96,39 @@ def test_the_index_finds_what_plain_search_finds(specs: list[tuple[int, int, int
     ]
     key = KEY._replace(group=number(f"239.1.1.{last}"), port=port)
     assert rules(*several).resolve(key).rules == tuple(r.rule for r in several if takes(r, key))
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(5000, 5002), st.booleans())))
+def test_the_digest_is_that_of_the_rules_that_are_there(changes: list[tuple[int, int, bool]]) -> None:
+    ruleset = RuleSet()
+    for slot, port, drop in changes:
+        if drop:
+            ruleset.drop(slot)
+        else:
+            ruleset.put(rule(slot, output(slot), ports=(port, port)))
+    assert ruleset.digest == rules_digest(ruleset)
+
+
+def test_the_digest_sees_every_difference_but_the_order() -> None:
+    one, two = rule(0, output(0)), rule(1, output(1))
+    others = [rule(0, output(1)), rule(0, output(0, ttl=8)), rule(0, output(0), vlan=1), rule(2, output(0)), two]
+    assert len({rules_digest([one]), *(rules_digest([other]) for other in others)}) == 6
+    assert rules_digest([one, two]) == rules_digest([two, one]) != rules_digest([one])
+    assert rules_digest([]) == 0
+
+
+def test_the_digest_is_the_same_in_every_process() -> None:
+    """Control and a worker compare theirs."""
+    code = "import test_ruleset as t; print(t.rules_digest([t.rule(0, t.output(0))]))"
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            timeout=50,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert said == {f"{rules_digest([rule(0, output(0))])}\n"}

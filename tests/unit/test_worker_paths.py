@@ -1,15 +1,12 @@
 """The two paths of a worker, side by side: the same datagrams out, in the same order, with the same counts."""
 
-import ctypes
 import errno
 import ipaddress
-import os
 import random
-import socket
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,116 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mrelay.counters import DROP_REASONS, NO_OUTPUT, NO_RULE, TTL_EXPIRED, TX_ERROR, Counters
-from mrelay.messages import PutRule, RuleOutput
-from mrelay.model.ruleset import RuleSet
-from mrelay.supervisor.children import new_counters
-from mrelay.worker.egress import Egress
-from mrelay.worker.failures import Failures
+from mrelay.messages import PutRule
 from mrelay.worker.flows import FlowTable
-from mrelay.worker.messages import STRIDE, MessageTable
-from mrelay.worker.scalar import ScalarPath
-from mrelay.worker.vector import VectorPath
-from ring_fake import FakeRing, new_ring, udp_v4, udp_v6
-
-FLOWS = 64
-
-
-class FakeSocket:
-    """Records what the scalar path sends. `refuse`: the errno for every send, or 0."""
-
-    family = socket.AF_INET
-
-    def __init__(self, number: int, sent: dict[int, list[bytes]]) -> None:
-        self.number, self.sent, self.refuse = number, sent, 0
-
-    def fileno(self) -> int:
-        return self.number
-
-    def setsockopt(self, *_: Any) -> None:
-        """TTL and TOS defaults: the netns tests see them on the wire."""
-
-    def close(self) -> None:
-        pass
-
-    def sendmsg(self, payloads: Any, control: Any, flags: int = 0, address: Any = None) -> None:
-        if self.refuse:
-            raise OSError(self.refuse, os.strerror(self.refuse))
-        data = b"".join(bytes(p) for p in payloads)
-        sizes = [int.from_bytes(value, "little") for level, _, value in control if level == 17]
-        self.sent[self.number] += cut(data, sizes[0] if sizes else 0)
-
-
-class FakeSender:
-    """Records what the vector path sends, reading the headers as the kernel would."""
-
-    name = "fake"
-
-    def __init__(self, sent: dict[int, list[bytes]], sockets: list[FakeSocket]) -> None:
-        self.table = MessageTable()
-        self.sent, self.sockets = sent, sockets
-
-    def send(self, fds: Any) -> list[tuple[int, int]]:
-        failed = []
-        for at, fd in enumerate(fds.tolist()):
-            error = errno.EBADF if fd < 0 else self.sockets[fd].refuse
-            if error:
-                failed.append((at, error))
-            else:
-                self.sent[fd] += self._datagrams(at)
-        return failed
-
-    def _datagrams(self, at: int) -> list[bytes]:
-        header = (ctypes.c_uint64 * 7).from_address(self.table.address + at * STRIDE)
-        iov = (ctypes.c_uint64 * (2 * header[3])).from_address(header[2])
-        data = b"".join(ctypes.string_at(iov[2 * n], iov[2 * n + 1]) for n in range(header[3]))
-        segment = 0
-        if header[5] and (ctypes.c_uint32 * 4).from_address(header[4])[2] == 17:
-            segment = ctypes.c_uint16.from_address(header[4] + 16).value
-        assert header[3] <= 64
-        assert len(data) <= 65507
-        return cut(data, segment)
-
-
-def cut(data: bytes, segment: int) -> list[bytes]:
-    if not segment:
-        return [data]
-    pieces = [data[at : at + segment] for at in range(0, len(data), segment)]
-    assert 1 <= len(pieces) <= 64
-    return pieces
-
-
-class Rig:
-    """A worker's inside around a fake ring: `sent` datagrams by output."""
-
-    def __init__(self, ring: FakeRing, rules: list[PutRule], outputs: int, *, vector: bool) -> None:
-        self.ring = ring
-        self.sent: dict[int, list[bytes]] = defaultdict(list)
-        self.fd = new_counters(FLOWS)
-        self.counters = Counters(self.fd, FLOWS, write=True)
-        self.rules, self.egress = RuleSet(), Egress()
-        for rule in rules:
-            self.rules.put(rule)
-        self.sockets = [FakeSocket(n, self.sent) for n in range(outputs)]
-        for n, sock in enumerate(self.sockets):
-            self.egress.grant(n, sock)  # type: ignore[arg-type]  # stands in for a socket
-        self.table = FlowTable(self.counters, FLOWS, self.rules, self.egress)
-        failures = Failures(self.counters, self.table.fold_flow)
-        sender = FakeSender(self.sent, self.sockets)
-        self.path: ScalarPath | VectorPath = ScalarPath(self.counters, self.table, failures)
-        if vector:
-            self.path = VectorPath(self.counters, self.table, failures, sender)
-
-    def forward(self, count: int) -> None:
-        self.path.forward(self.ring, count)
-        self.table.fold()
-
-    def counts(self) -> tuple[Any, ...]:
-        c = self.counters
-        assert c.received == c.matched + int(c.drops.sum())
-        return c.received, c.matched, c.drops.tolist(), c.rules[:, :8].tolist(), c.links[:, :8].tolist()
-
-    def close(self) -> None:
-        os.close(self.fd)
+from ring_fake import new_ring, udp_v4, udp_v6
+from worker_rig import FLOWS, Rig, rule
 
 
 @contextmanager
@@ -138,16 +29,13 @@ def rig(monkeypatch: pytest.MonkeyPatch, rules: list[PutRule], outputs: int, *, 
         made.close()
 
 
-def rule(slot: int, group: str, outputs: list[int], *, port: int = 5000, ttl: int = 0) -> PutRule:
-    net = ipaddress.ip_network(group)
-    low, high = int(net[0]), int(net[-1])
-    top = 2 ** (32 if net.version == 4 else 128) - 1
-    outs = tuple(
-        RuleOutput(slot * 4 + n, o, 2, f"239.2.2.{o + 1}", 6000, ttl, -1, False) for n, o in enumerate(outputs)
-    )
-    return PutRule(slot, 7, 0, net.version, low, high, port, port, 0, top, outs)
-
-
+LIMITS = [
+    rule(0, "239.1.1.0/30", [0, 1], rate=(2000, 0)),  # and at once 200, or the least burst
+    rule(1, "239.1.1.1/32", [1, 2], ttl=9, rate=(500, 40_000)),
+    rule(2, "239.1.1.2/32", [2]),
+    rule(3, "ff3e::/64", [2], rate=(0, 100_000)),
+    rule(4, "ff3e::1/128", [0], rate=(10, 0)),
+]
 RULES = [
     rule(0, "239.1.1.0/30", [0, 1]),
     rule(1, "239.1.1.1/32", [1, 2], ttl=9),
@@ -187,6 +75,102 @@ def test_both_paths_do_the_same(
             one.forward(count)
             results.append((one.counts(), {fd: sorted(sent) for fd, sent in one.sent.items() if sent}))
     assert results[0] == results[1]
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 2**32), count=st.integers(1, 250), refused=st.sampled_from([None, 0, 2]))
+def test_both_paths_limit_alike(
+    seed: int, count: int, refused: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 5.0)
+    results = []
+    for vector in (False, True):
+        with rig(monkeypatch, LIMITS, 3, vector=vector) as one:
+            if refused is not None:
+                one.sockets[refused].refuse = errno.EPERM
+            for packet, segment in stream(random.Random(seed), count):
+                one.ring.put(packet, segment=segment)
+            one.forward(count)
+            results.append((one.counts(), {fd: sorted(sent) for fd, sent in one.sent.items() if sent}))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_a_limited_rule_takes_nothing_from_another(monkeypatch: pytest.MonkeyPatch, vector: bool) -> None:
+    now = [5.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    rules = [rule(0, "239.1.1.1/32", [0, 1], rate=(1000, 0)), rule(1, "239.1.1.1/32", [1])]
+    with rig(monkeypatch, rules, 2, vector=vector) as one:
+        for n in range(250):
+            one.ring.put(udp_v4(n.to_bytes(4)))
+        one.forward(180)
+        one.ring.release(180)
+        now[0] += 0.05
+        one.forward(70)
+        sent = [int.from_bytes(data) for data in one.sent[0]]
+        assert sent == [*range(100), *range(180, 230)], "the burst, then what 50 ms bring"
+        assert len(one.sent[1]) == 250
+        assert one.counters.links[0, [0, 1, 4]].tolist() == [150, 250, 250]
+        assert one.counters.rules[0, :2].tolist() == [150, 250]
+        assert (one.counters.matched, int(one.counters.drops.sum())) == (250, 0)
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_what_no_rule_passes_is_dropped_by_name(monkeypatch: pytest.MonkeyPatch, vector: bool) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 5.0)
+    with rig(monkeypatch, [rule(0, "239.1.1.1/32", [0], rate=(0, 8 * 655_360))], 1, vector=vector) as one:
+        for _ in range(100):
+            one.ring.put(udp_v4(bytes(1000)))
+        one.forward(100)
+        assert len(one.sent[0]) == 66, "65,536 bytes, and the one that makes it more"
+        assert int(one.counters.drops[DROP_REASONS.index("rate_limited")]) == 34
+        assert one.counters.rules[:, 0].tolist() == [66, 66_000]
+
+
+def test_a_changed_rate_is_in_force_at_once_and_an_unchanged_one_keeps_its_bucket(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(time, "monotonic", lambda: 5.0)
+    with rig(monkeypatch, [rule(0, "239.1.1.1/32", [0], rate=(1, 0))], 1, vector=False) as one:
+        for _ in range(200):
+            one.ring.put(udp_v4(b"x"))
+        one.forward(100)
+        one.ring.release(100)
+        one.table.rules_changed(one.rules)
+        one.forward(50)
+        one.ring.release(50)
+        assert len(one.sent[0]) == 64, "the least burst, once"
+        one.rules.put(rule(0, "239.1.1.1/32", [0]))
+        one.table.rules_changed(one.rules)
+        one.forward(50)
+        assert len(one.sent[0]) == 114
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_what_comes_back_is_dropped_as_loop_unless_a_rule_allows_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, vector: bool
+) -> None:
+    ours = int(ipaddress.ip_address("10.1.0.1"))
+    rules = [rule(0, "239.1.1.0/30", [0], own=(ours,)), rule(1, "239.1.1.2/32", [1])]
+    with rig(monkeypatch, rules, 2, vector=vector) as one:
+        for group in (1, 1, 2):
+            one.ring.put(udp_v4(b"back", f"239.1.1.{group}", source="10.1.0.1"))
+        one.ring.put(udp_v4(b"else", "239.1.1.1"))
+        one.forward(4)
+        assert int(one.counters.drops[DROP_REASONS.index("loop")]) == 2
+        assert dict(one.sent) == {0: [b"else"], 1: [b"back"]}
+        assert caplog.text.count("allow_loop = true") == 1
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_merged_frames_of_a_link_without_ethernet_are_cut_from_the_first_batch_on(
+    monkeypatch: pytest.MonkeyPatch, vector: bool
+) -> None:
+    with rig(monkeypatch, [rule(0, "239.1.1.1/32", [0])], 1, vector=vector) as one:
+        for _ in range(2):
+            one.ring.put(udp_v4(bytes(300)), segment=100, link=0)
+        one.forward(2)
+        assert one.sent[0] == [bytes(100)] * 6
 
 
 def test_a_flow_keeps_its_order_among_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,11 +246,54 @@ def test_a_successor_takes_over_the_flows(monkeypatch: pytest.MonkeyPatch) -> No
     with rig(monkeypatch, [rule(0, "239.1.1.1/32", [0])], 1, vector=True) as one:
         one.ring.put(udp_v4(b"x"))
         one.path.forward(one.ring, 1)  # not folded: as if killed before it could
-        heir = FlowTable(Counters(one.fd, FLOWS, write=True), FLOWS, one.rules, one.egress)
-        heir.restore()
+        heir = FlowTable(Counters(one.fd, FLOWS, write=True), FLOWS, one.rules, one.egress, lambda: None)
+        heir.inherit()
+        heir.restore(FLOWS)
         assert set(heir.index) == set(one.table.index)
         heir.fold()
         assert one.counters.rules[:, 0].tolist() == [1, 1]
+
+
+def test_a_flow_that_comes_again_before_its_turn_is_one_flow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A successor forwards while it takes over: what both counted is the flow's."""
+    with rig(monkeypatch, [rule(0, "239.1.1.1/32", [0])], 1, vector=True) as one:
+        for _ in range(2):
+            one.ring.put(udp_v4(b"x"))
+        one.path.forward(one.ring, 2)
+        (key,) = one.table.index
+        heir = FlowTable(Counters(one.fd, FLOWS, write=True), FLOWS, one.rules, one.egress, lambda: None)
+        heir.inherit()
+        slot = heir.find(key)
+        assert slot not in heir.kept, "what was left is not overwritten"
+        heir.counters.flows[:, slot] += np.array([1, 10], np.uint64)
+        heir.fold()
+        heir.restore(FLOWS)
+        heir.fold()
+        assert list(heir.index.values()) == [slot]
+        assert heir.counters.flows[:, slot].tolist() == [3, 12]
+        assert heir.counters.rules[:, 0].tolist() == [3, 12]
+        assert np.count_nonzero(heir.counters.keys[4]) == 1, "one place in the table"
+
+
+def test_a_successor_of_a_full_table_has_room_for_new_flows(monkeypatch: pytest.MonkeyPatch) -> None:
+    with rig(monkeypatch, [rule(0, "239.1.0.0/16", [0])], 1, vector=True) as one:
+        for n in range(FLOWS):
+            one.table.find((7, 0, 4, n, 0xEF010100, 5000))
+        heir = FlowTable(Counters(one.fd, FLOWS, write=True), FLOWS, one.rules, one.egress, lambda: None)
+        heir.inherit()
+        assert heir.find((7, 0, 4, 999, 0xEF010100, 5000)) >= 0
+        assert not heir.kept
+        assert len(heir.index) == sum(flow is not None for flow in heir.flows) <= FLOWS
+
+
+def test_a_successor_balances_the_books(monkeypatch: pytest.MonkeyPatch) -> None:
+    with rig(monkeypatch, [rule(0, "239.1.1.1/32", [0])], 1, vector=True) as one:
+        one.ring.put(udp_v4(b"x"))
+        one.forward(1)
+        one.counters.totals[0] += np.uint64(7)  # killed after it counted these as received
+        heir = Counters(one.fd, FLOWS, write=True)
+        heir.balance()
+        assert (heir.received, heir.matched) == (1, 1)
 
 
 def test_misses_are_rate_limited(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +301,7 @@ def test_misses_are_rate_limited(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(one.table, "_may_miss", lambda: False)
         one.ring.put(udp_v4(b"x"))
         one.forward(1)
-        assert int(one.counters.drops[DROP_REASONS.index("rate_limited")]) == 1
+        assert int(one.counters.drops[DROP_REASONS.index("miss_limited")]) == 1
 
 
 def test_lookup_finds_every_installed_key(monkeypatch: pytest.MonkeyPatch) -> None:
