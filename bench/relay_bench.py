@@ -30,7 +30,7 @@ from systems import Case, System
 from traffic import Sink, Source
 
 PAYLOAD: Final = 1000  # bytes
-_WARM_UP: Final = 0.8  # seconds of load before counting: flows are learnt, queues are full
+_WARM_UP: Final = 2.5  # seconds of load before counting: flows are learnt, queues full, the spare worker started
 _TAIL: Final = 0.2  # seconds of load after it
 _TOOLS: Final = {"mroute": "smcrouted", "socat": "socat"}
 _OVERHEAD: Final = 45  # seconds at most that one measurement takes beside its load: start, stop, namespaces
