@@ -32,10 +32,15 @@ class BadMessage(Exception):
 
 @dataclass(frozen=True, slots=True)
 class OpenIngress:
-    """Receive rings for every worker on interface `ifindex`: one of `slots` short frames, one of long ones."""
+    """Receive rings for every worker on interface `ifindex`: one of `slots` short frames, one of long ones.
+
+    `family` 4 or 6: only frames of it, which the fast path, now attached there, left; 0: every frame, before
+    anything else sees it.
+    """
 
     ifindex: int
     slots: int
+    family: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +115,15 @@ class Listen:
 
 @dataclass(frozen=True, slots=True)
 class StartWorkers:
-    """Control to supervisor: one worker on each of these cores, with tables of these sizes."""
+    """Control to supervisor: one worker on each of these cores, with tables of these sizes.
+
+    `fast`: with the kernel's fast path. Answered, before Done, by a FastPath.
+    """
 
     id: int
     cores: tuple[int, ...]
     flow_limit: int
+    fast: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +208,22 @@ class WorkerUp:
     pid: int
     restarts: int
     flow_limit: int
+
+
+@dataclass(frozen=True, slots=True)
+class FastPath:
+    """Supervisor to control, and to a worker after its WorkerSetup: the fast path's maps.
+
+    Descriptors: those of ebpf.layout.MAPS, in that order; none when there is no fast path, and `problem` says why.
+    `workers`, `slots`, `routes`, `outputs`, `cpus` are ebpf.layout.Sizes.
+    """
+
+    problem: str
+    workers: int
+    slots: int
+    routes: int
+    outputs: int
+    cpus: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,7 +376,7 @@ class Synced:
 Message = (
     Status | LogLevel
     | Grant | Release | Listen | StartWorkers | Ready | Done | Listening | Failed | Setup | Held | WorkerUp
-    | WorkerDown | Reload | WorkerSetup | Granted | Revoked | Stop | PutRule | DropRule | Commit | Committed
+    | FastPath | WorkerDown | Reload | WorkerSetup | Granted | Revoked | Stop | PutRule | DropRule | Commit | Committed
     | Sync | Synced
 )  # fmt: skip
 

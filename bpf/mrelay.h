@@ -1,0 +1,119 @@
+/* What the kernel programs share with Python (src/mrelay/ebpf/layout.py; tests compare sizes and offsets).
+ *
+ * Who writes: F the program at tc ingress, R the rings' filter, W a worker, C control. Nobody else does.
+ * Maps with BPF_F_MMAPABLE are memory that Python reads and writes without a system call.
+ */
+#ifndef MRELAY_H
+#define MRELAY_H
+
+#include <linux/types.h>
+
+/* ---- flows4, flows6: hash, one entry a flow that the fast path may carry (W; `tail`, `waited`: F and R) ---- */
+
+struct flow4_key {
+    __be32 source;
+    __be32 group;
+    __u32 ifindex;
+    __be16 port;
+    __u16 vlan; /* VLAN identifier, 0 without a tag */
+};
+
+struct flow6_key {
+    __u8 source[16];
+    __u8 group[16];
+    __u32 ifindex;
+    __be16 port;
+    __u16 vlan;
+};
+
+#define TAIL_UNKNOWN (~0ULL) /* written at installation: what was let in before counts too */
+
+struct flow {
+    __u64 tail;    /* number of the flow's last frame in its worker's rings; carried here once drained >= tail */
+    __u32 worker;  /* index into `progress` */
+    __u32 slot;    /* index into `counts`, of one processor */
+    __u32 start;   /* its outputs: route[start] ... */
+    __u32 length;  /* ... route[start + length - 1] */
+    __u32 waited;  /* frames left to the slow path since `tail` was set */
+    __u32 flags;   /* FLOW_* */
+};
+
+#define FLOW_MULTICAST 1 /* sockets of this host may want it too: look for one */
+
+/* ---- route: mmapped array of __u32, indices into `outputs` (W) ---- */
+
+/* ---- outputs: mmapped array, one concrete destination each (W; `errors`: F, atomically) ---- */
+
+struct output {
+    __u8 address[16];   /* destination; IPv4 in the first four bytes */
+    __u8 source[16];    /* all zeros: the hop's */
+    __be16 port;
+    __be16 source_port;
+    __u32 hop;          /* index into `hops` */
+    __u8 ttl;           /* 0: decrement */
+    __u8 dscp;          /* 0..63, DSCP_KEEP */
+    __u8 keep;          /* 1: the datagram's own source address */
+    __u8 multicast;     /* 1: the link-layer address follows from `address` (RFC 1112 §6.4, RFC 2464 §7) */
+    __u32 reserved;
+    __u64 errors;       /* datagrams that the interface refused */
+    __u64 reserved2;
+}; /* 64 bytes */
+
+#define DSCP_KEEP 0xff
+
+/* ---- hops: mmapped array, one for each egress socket's number (C) ---- */
+
+struct hop {
+    __u32 flags;   /* HOP_*; 0: not now, leave the frame to the slow path */
+    __u32 ifindex;
+    __u32 mtu;
+    __u8 mac[6];       /* the next hop's; unused for multicast */
+    __u8 own_mac[6];   /* the interface's */
+    __u8 reserved[8];
+    __u8 source[16];   /* for outputs that have none of their own; all zeros: leave it to the slow path */
+}; /* 48 bytes */
+
+#define HOP_READY 1
+
+/* ---- counts: mmapped array, [processor][slot] (F, each processor its own) ---- */
+
+struct count {
+    __u64 packets; /* datagrams: segments of merged frames counted each */
+    __u64 bytes;   /* of UDP payload */
+};
+
+/* ---- passed: mmapped array of __u64, [processor][PASSED_REASONS]: frames left to the slow path (F) ---- */
+
+enum passed {
+    PASSED_NO_FLOW,   /* not installed: new, or one that this path can't carry */
+    PASSED_SHAPE,     /* options, fragments, malformed or unusual headers */
+    PASSED_TTL,
+    PASSED_TOO_BIG,   /* for an output's MTU */
+    PASSED_HOP,       /* an output's next hop is not known, its interface is down, or of another kind */
+    PASSED_WAITING,   /* frames of the flow are still on their way through the slow path */
+    PASSED_LISTENER,  /* a socket of this host wants it too */
+    PASSED_REASONS = 8,
+};
+
+/* ---- progress: mmapped array, one for each worker; each writer has a cache line of its own ---- */
+
+struct progress {
+    __u64 accepted; /* R: frames let into the worker's rings */
+    __u64 pad[7];
+    __u64 drained;  /* W: what `accepted` was when it had last sent all of them on */
+    __u64 half;     /* W: which half of its routes and outputs new ones go to, 0 or 1 */
+    __u64 pad2[6];
+};
+
+/* ---- ranges: LPM trie, the groups and addresses that rules on an interface name (C) ---- */
+
+struct range_key {
+    __u32 prefixlen;   /* bits of what follows: 64 + the prefix of `address` */
+    __u32 ifindex;
+    __u32 family;      /* 4 or 6 */
+    __u8 address[16];  /* IPv4 in the first four bytes */
+};
+
+#define PATIENCE 1024 /* frames that a flow waits for the slow path to be drained; then it overtakes, once */
+
+#endif

@@ -1,0 +1,105 @@
+"""How large the fast path's maps are, and how its structs lie in memory: bpf/mrelay.h in Python.
+
+Standard library only, because the supervisor, which makes the maps, has no NumPy; the struct layouts are
+NumPy dtype descriptions all the same. Tests compare them with the compiled programs' BTF.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+from mrelay.counters_size import MAX_LINKS
+
+HALVES: Final = 2  # of a worker's routes and outputs: one in use while the other is built anew
+HOPS: Final = 2 * MAX_LINKS  # numbers of egress sockets
+RANGES: Final = 1 << 16
+PATIENCE: Final = 1024
+TAIL_UNKNOWN: Final = (1 << 64) - 1
+FLOW_MULTICAST: Final = 1
+HOP_READY: Final = 1
+DSCP_KEEP: Final = 0xFF
+PASSED: Final = ("no_flow", "shape", "ttl", "too_big", "hop", "waiting", "listener")
+PASSED_REASONS: Final = 8
+
+Fields = list[tuple[str, str] | tuple[str, str, int]]
+FLOW4_KEY: Final[Fields] = [
+    ("source", ">u4"), ("group", ">u4"), ("ifindex", "<u4"), ("port", ">u2"), ("vlan", "<u2"),
+]  # fmt: skip
+FLOW6_KEY: Final[Fields] = [
+    ("source", "u1", 16), ("group", "u1", 16), ("ifindex", "<u4"), ("port", ">u2"), ("vlan", "<u2"),
+]  # fmt: skip
+FLOW: Final[Fields] = [
+    ("tail", "<u8"), ("worker", "<u4"), ("slot", "<u4"), ("start", "<u4"), ("length", "<u4"),
+    ("waited", "<u4"), ("flags", "<u4"),
+]  # fmt: skip
+OUTPUT: Final[Fields] = [
+    ("address", "u1", 16), ("source", "u1", 16), ("port", ">u2"), ("source_port", ">u2"), ("hop", "<u4"),
+    ("ttl", "u1"), ("dscp", "u1"), ("keep", "u1"), ("multicast", "u1"), ("reserved", "<u4"),
+    ("errors", "<u8"), ("reserved2", "<u8"),
+]  # fmt: skip
+HOP: Final[Fields] = [
+    ("flags", "<u4"), ("ifindex", "<u4"), ("mtu", "<u4"), ("mac", "u1", 6), ("own_mac", "u1", 6),
+    ("reserved", "u1", 8), ("source", "u1", 16),
+]  # fmt: skip
+COUNT: Final[Fields] = [("packets", "<u8"), ("bytes", "<u8")]
+PROGRESS: Final[Fields] = [
+    ("accepted", "<u8"), ("pad", "<u8", 7), ("drained", "<u8"), ("half", "<u8"), ("pad2", "<u8", 6),
+]  # fmt: skip
+RANGE_KEY: Final[Fields] = [("prefixlen", "<u4"), ("ifindex", "<u4"), ("family", "<u4"), ("address", "u1", 16)]
+
+# The maps in the order in which their descriptors are passed to control and workers (messages.FastPath).
+MAPS: Final = ("flows4", "flows6", "route", "outputs", "hops", "counts", "passed", "progress", "ranges")
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What the maps of a relay with these workers hold.
+
+    `slots`: flows of one worker that the fast path can carry (its slots 0 … slots - 1). `routes`, `outputs`:
+    places in one half of one worker. `cpus`: possible processors (of `counts` and `passed`).
+    """
+
+    workers: int
+    slots: int
+    routes: int
+    outputs: int
+    cpus: int
+
+    @property
+    def flows(self) -> int:
+        """Entries of each flow map, and of `counts` for one processor."""
+        return self.workers * self.slots
+
+    def entries(self) -> dict[str, int]:
+        """max_entries of each map."""
+        return {
+            "flows4": self.flows,
+            "flows6": self.flows,
+            "route": self.workers * HALVES * self.routes,
+            "outputs": self.workers * HALVES * self.outputs,
+            "hops": HOPS,
+            "counts": self.cpus * self.flows,
+            "passed": self.cpus * PASSED_REASONS,
+            "progress": self.workers,
+            "ranges": RANGES,
+        }
+
+    def first_slot(self, worker: int) -> int:
+        """Slot 0 of a worker in `counts` of one processor."""
+        return worker * self.slots
+
+    def first_route(self, worker: int, half: int) -> int:
+        """Where a half of a worker's lists begins in `route`."""
+        return (worker * HALVES + half) * self.routes
+
+    def first_output(self, worker: int, half: int) -> int:
+        """The same for `outputs`."""
+        return (worker * HALVES + half) * self.outputs
+
+
+_COUNTS_MOST: Final = 1 << 24  # entries of `counts`: 256 MB at most, on hosts with many processors
+
+
+def sizes(workers: int, flow_limit: int, cpus: int) -> Sizes:
+    """For so many workers with tables of `flow_limit` flows."""
+    slots = max(1, min(flow_limit, _COUNTS_MOST // (cpus * workers)))
+    return Sizes(workers, slots, routes=4 * slots + 4096, outputs=slots + MAX_LINKS // 4, cpus=cpus)
