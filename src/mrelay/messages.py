@@ -376,8 +376,8 @@ class Synced:
 Message = (
     Status | LogLevel
     | Grant | Release | Listen | StartWorkers | Ready | Done | Listening | Failed | Setup | Held | WorkerUp
-    | FastPath | WorkerDown | Reload | WorkerSetup | Granted | Revoked | Stop | PutRule | DropRule | Commit | Committed
-    | Sync | Synced
+    | FastPath | WorkerDown | Reload | WorkerSetup | Granted | Revoked | Stop | PutRule | DropRule | Commit
+    | Committed | Sync | Synced
 )  # fmt: skip
 
 _CLASSES: Final[dict[str, type]] = {
