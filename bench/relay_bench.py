@@ -8,6 +8,7 @@ limit that follows from what was asked for. Exit code: 0 measured, 1 failed, or 
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -32,7 +33,7 @@ from traffic import Sink, Source
 PAYLOAD: Final = 1000  # bytes
 _WARM_UP: Final = 2.5  # seconds of load before counting: flows are learnt, queues full, the spare worker started
 _TAIL: Final = 0.2  # seconds of load after it
-_TOOLS: Final = {"mroute": "smcrouted", "socat": "socat"}
+_TOOLS: Final = {"mroute": "smcrouted", "mroute-gro": "smcrouted", "socat": "socat"}
 _OVERHEAD: Final = 45  # seconds at most that one measurement takes beside its load: start, stop, namespaces
 
 
@@ -63,8 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--pps", type=float, default=2e6, help="packets offered a second (default %(default)g)")
     add("--outputs", type=int, nargs="+", default=[1, 4], metavar="N", help="default: 1 4")
     add("--flows", nargs="+", choices=("one", "interleaved"), default=["one", "interleaved"])
+    add("--no-gro", action="store_true", help="also with GRO off")
+    add("--no-df", action="store_true", help="also from senders that don't set DF, which mroute-gro needs")
     add("--rule-per-flow", action="store_true", help="interleaved: 200 mrelay rules instead of one prefix")
-    add("--systems", nargs="+", metavar="NAME", help="only these (mrelay mrelay-sendmmsg mroute socat)")
+    add("--systems", nargs="+", metavar="NAME", help="only these (see systems.py)")
     add("--extra", action="append", default=[], metavar="NAME=COMMAND", help=systems.from_command.__doc__)
     add("--latency", action="store_true", help="measure latency too")
     add("--latency-only", action="store_true", help="measure nothing but latency")
@@ -122,6 +125,9 @@ def _plan(options: argparse.Namespace, chosen: list[System]) -> list[tuple[str, 
     plan: list[tuple[str, System, _Measure]] = []
     flows = [] if options.latency_only else options.flows
     cases = [Case(kind, n, options.rule_per_flow) for kind in flows for n in options.outputs]
+    plain = [case for case in cases if case.flows == "one"]
+    cases += [dataclasses.replace(case, gro=False) for case in plain if options.no_gro]
+    cases += [dataclasses.replace(case, df=False) for case in plain if options.no_df]
     for case in cases:
         plan += [(str(case), system, _throughput(options, system, case)) for system in chosen if system.can(case)]
     if options.latency or options.latency_only:
@@ -151,7 +157,7 @@ def _count(options: argparse.Namespace, lab: labs.Lab, sink: Sink, case: Case) -
     """Load the relay and count what comes out while it is loaded."""
     os.sched_setaffinity(0, {options.source_core})
     with labs.inside(lab.source):
-        source = Source(socket.if_nametoindex("s0"), case.traffic(), PAYLOAD, options.pps)
+        source = Source(socket.if_nametoindex("s0"), case.traffic(), PAYLOAD, options.pps, df=case.df)
         with source.offering(_WARM_UP + options.seconds + _TAIL):
             time.sleep(_WARM_UP)
             start, sent, out, sized = time.monotonic(), source.sent, sink.segments(), sink.datagrams()

@@ -5,6 +5,7 @@ machine this is. Rates are datagrams a second; ratios are of medians over the ro
 """
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -54,21 +55,40 @@ class Rate:
 
 @dataclass(frozen=True)
 class Target:
-    """`out` of our relay must be at least `factor` times the peer's in this case."""
+    """`out` of our system must be at least `factor` times the peer's in this case."""
 
-    flows: str
-    outputs: int
+    system: str
+    case: Case
     peer: str
     factor: float
 
 
+def _userspace(system: str) -> tuple[Target, ...]:
+    return (
+        Target(system, Case("one", 1), "socat", 10.0),
+        Target(system, Case("one", 1), "mroute", 2.5),
+        Target(system, Case("one", 4), "mroute", 4.0),
+        Target(system, Case("interleaved", 1), "mroute", 0.6),
+        Target(system, Case("interleaved", 4), "mroute", 0.6),
+    )
+
+
 TARGETS: Final = (
-    Target("one", 1, "socat", 10.0),
-    Target("one", 1, "mroute", 2.5),
-    Target("one", 4, "mroute", 4.0),
-    Target("interleaved", 1, "mroute", 0.6),
-    Target("interleaved", 4, "mroute", 0.6),
+    *_userspace("mrelay-uring"),
+    *_userspace("mrelay-sendmmsg"),
+    Target("mrelay-ebpf", Case("one", 1), "socat", 15.0),
+    Target("mrelay-ebpf", Case("one", 1), "mroute", 3.5),
+    Target("mrelay-ebpf", Case("one", 4), "mroute", 9.0),
+    Target("mrelay-ebpf", Case("one", 8), "mroute", 12.0),
+    *(Target("mrelay-ebpf", Case("one", n, df=False), "mroute-gro", 1.0) for n in (1, 4, 8)),
+    *(
+        Target("mrelay-ebpf", case, "mroute", {1: 2.2, 4: 2.0}[case.outputs])
+        for n in (1, 4)
+        for case in (Case("interleaved", n), Case("one", n, gro=False))
+    ),
 )
+# Of latency, at the median and at the 99th percentile: the first must be below the second.
+LATENCY_TARGET: Final = ("mrelay-ebpf", "mroute")
 
 
 @dataclass
@@ -120,14 +140,26 @@ def verdicts(results: Results) -> list[Verdict]:
     found = []
     for case in results.cases():
         for target in TARGETS:
-            peer = results.out(case, target.peer)
-            if (target.flows, target.outputs) != (case.flows, case.outputs) or not peer:
-                continue
-            for system in results.systems(case):
-                if system not in results.peers:
-                    ratio = (results.out(case, system) or 0.0) / peer
-                    found.append(Verdict(str(case), system, target.peer, target.factor, ratio))
-    return found
+            peer, ours = results.out(case, target.peer), results.out(case, target.system)
+            if target.case == dataclasses.replace(case, rule_per_flow=False) and peer and ours is not None:
+                found.append(Verdict(str(case), target.system, target.peer, target.factor, ours / peer))
+    return found + _latency_verdicts(results)
+
+
+def _latency_verdicts(results: Results) -> list[Verdict]:
+    """As ratios too: how many times the peer's latency is ours."""
+    ours, theirs = (results.latencies.get(name, []) for name in LATENCY_TARGET)
+    if not ours or not theirs:
+        return []
+    return [
+        Verdict(
+            f"latency, {name}",
+            *LATENCY_TARGET,
+            1.0,
+            median(getattr(one, name) for one in theirs) / median(getattr(one, name) for one in ours),
+        )
+        for name in ("p50", "p99")
+    ]
 
 
 def uneven(results: Results) -> list[str]:

@@ -7,6 +7,7 @@ the relay's core, with its files in a directory of its own that is removed after
 
 import contextlib
 import ctypes
+import dataclasses
 import os
 import shlex
 import signal
@@ -36,15 +37,21 @@ _NR_IO_URING_SETUP: Final = 425  # <asm-generic/unistd.h>, the same on every arc
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of load: `flows` is "one" or "interleaved"; mrelay gets a prefix rule or `rule_per_flow`."""
+    """One kind of load: `flows` is "one" or "interleaved"; mrelay gets a prefix rule or `rule_per_flow`.
+
+    `gro`: mrelay may have frames merged. `df`: the sender sets Don't Fragment, as Linux does.
+    """
 
     flows: str
     outputs: int
     rule_per_flow: bool = False
+    gro: bool = True
+    df: bool = True
 
     def __str__(self) -> str:
         what = "one flow" if self.flows == "one" else f"{INTERLEAVED_FLOWS} interleaved flows"
-        return f"{what}, {self.outputs} output{'s' if self.outputs > 1 else ''}"
+        special = ("" if self.gro else ", no GRO") + ("" if self.df else ", no DF")
+        return f"{what}, {self.outputs} output{'s' if self.outputs > 1 else ''}{special}"
 
     def traffic(self) -> list[Flow]:
         """What the source sends, in turn."""
@@ -71,22 +78,32 @@ class System:
     sink: tuple[str, int] = (OUT_GROUP, OUT_PORT)
     gro_forwarding: bool = False
     deny_io_uring: bool = False
+    needs_no_df: bool = False
 
     def can(self, case: Case) -> bool:
         """Whether this system takes part in `case`."""
+        if self.needs_no_df and (case.df or not case.gro):
+            return False
         return case.outputs <= self.most_outputs and (self.interleaved or case.flows == "one")
 
 
 def known(core: int) -> list[System]:
-    """mrelay with io_uring and without, then the peers."""
+    """mrelay's engines, the userspace one with io_uring and without, then the peers."""
 
-    def mrelay(case: Case, directory: Path) -> list[str]:
-        return _mrelay(case, directory, core)
+    def uring(case: Case, directory: Path) -> list[str]:
+        return _mrelay(case, directory, core, "uring")
 
+    def ebpf(case: Case, directory: Path) -> list[str]:
+        return _mrelay(case, directory, core, "ebpf")
+
+    mroute = System("mroute", _mroute, _mroute_ready, peer=True, sink=("239.1.1.1", PORT))
     return [
-        System("mrelay", mrelay, _said_ready),
-        System("mrelay-sendmmsg", mrelay, _said_ready, deny_io_uring=True),
-        System("mroute", _mroute, _mroute_ready, peer=True, sink=("239.1.1.1", PORT)),
+        System("mrelay-uring", uring, _said_ready),
+        System("mrelay-sendmmsg", uring, _said_ready, deny_io_uring=True),
+        System("mrelay-ebpf", ebpf, _said_ready),
+        mroute,
+        # It drops merged frames with DF, so this is for networks where no sender sets that.
+        dataclasses.replace(mroute, name="mroute-gro", gro_forwarding=True, needs_no_df=True),
         System("socat", _socat, _socat_ready, peer=True, most_outputs=1, interleaved=False),
     ]
 
@@ -222,9 +239,10 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 # ---- the table's functions: one pair for each kind of system --------------------------------------
 
 
-def _mrelay(case: Case, directory: Path, core: int) -> list[str]:
+def _mrelay(case: Case, directory: Path, core: int, engine: str) -> list[str]:
     config = directory / "relay.toml"
-    text = f"[relay]\nworkers = [{core}]\n"
+    gro = '"auto"' if case.gro else "false"
+    text = f'[relay]\nworkers = [{core}]\nengine = "{engine}"\ngro = {gro}\n'
     config.write_text(text + "".join(_mrelay_rules(case)))
     state = directory / "state"
     state.mkdir(mode=0o777)

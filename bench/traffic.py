@@ -2,8 +2,9 @@
 
 Owns the frames, the two kernel programs and their maps; relay_bench.py drives them. The source rewrites
 each frame's headers from a table (the receiving side may have changed them), goes through the table flow
-by flow, and paces itself in the kernel, so Python's speed doesn't matter. Frames carry right checksums and
-DF: GRO merges only such as have a checksum, and Linux senders set DF. Leaving `Source.offering` blocks
+by flow, and paces itself in the kernel, so Python's speed doesn't matter. Frames carry right checksums,
+for GRO merges only such as have one, and DF unless told otherwise, as from Linux senders. Leaving
+`Source.offering` blocks
 until all is sent.
 """
 
@@ -68,11 +69,12 @@ def checksum(data: bytes) -> int:
     return ~total & 0xFFFF
 
 
-def frame(flow: Flow, payload: int) -> bytes:
-    """An Ethernet frame of `flow` with `payload` zero bytes, DF set, TTL 16, checksums complete."""
+def frame(flow: Flow, payload: int, *, df: bool = True) -> bytes:
+    """An Ethernet frame of `flow` with `payload` zero bytes, TTL 16, checksums complete."""
     source, group = socket.inet_aton(flow.source), socket.inet_aton(flow.group)
     ethernet = bytes((1, 0, 0x5E, group[1] & 0x7F, group[2], group[3])) + b"\2\0\0\0\0\1\x08\0"
-    ip = struct.pack("!BBHHHBBH", 0x45, 0, 28 + payload, 0, 0x4000, 16, 17, 0) + source + group
+    fragment = 0x4000 if df else 0  # RFC 791 §3.1
+    ip = struct.pack("!BBHHHBBH", 0x45, 0, 28 + payload, 0, fragment, 16, 17, 0) + source + group
     ip = ip[:10] + struct.pack("!H", checksum(ip)) + ip[12:]
     udp = struct.pack("!HHHH", 4000, flow.port, 8 + payload, 0)
     pseudo = source + group + struct.pack("!HH", 17, 8 + payload)
@@ -83,12 +85,12 @@ def frame(flow: Flow, payload: int) -> bytes:
 class Source:
     """Sends `flows` in turn, `pps` frames a second in all, out of `ifindex` of the caller's namespace."""
 
-    def __init__(self, ifindex: int, flows: Sequence[Flow], payload: int, pps: float) -> None:
-        self.frame, self.pps = frame(flows[0], payload), pps
+    def __init__(self, ifindex: int, flows: Sequence[Flow], payload: int, pps: float, *, df: bool = True) -> None:
+        self.frame, self.pps = frame(flows[0], payload, df=df), pps
         self.state = bpf.Array(24)  # u64 time of the next frame, u64 frames so far, u32 next flow
         self.headers = bpf.Array(_REWRITTEN, len(flows))
         for index, flow in enumerate(flows):
-            self.headers[index] = frame(flow, payload)[:_REWRITTEN]
+            self.headers[index] = frame(flow, payload, df=df)[:_REWRITTEN]
         program = [*_pace(self.state, round(1e9 / pps)), *_rewrite(self.headers, len(flows)), *_transmit(ifindex)]
         self.program = bpf.Program(bpf.BPF_PROG_TYPE_XDP, program)
 
