@@ -4,8 +4,7 @@ Owns the frames, the two kernel programs and their maps; relay_bench.py drives t
 each frame's headers from a table (the receiving side may have changed them), goes through the table flow
 by flow, and paces itself in the kernel, so Python's speed doesn't matter. Frames carry right checksums,
 for GRO merges only such as have one, and DF unless told otherwise, as from Linux senders. Leaving
-`Source.offering` blocks
-until all is sent.
+`Source.offering` blocks until all is sent.
 """
 
 import contextlib
