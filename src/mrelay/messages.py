@@ -8,12 +8,14 @@ SCM_RIGHTS. A message that does not decode is a bug or an attack: `BadMessage`, 
 """
 
 import dataclasses
+import functools
 import json
 import os
 import socket
 import sys
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Union
 
@@ -383,13 +385,21 @@ Message = (
 _CLASSES: Final[dict[str, type]] = {
     c.__name__: c for c in (*typing.get_args(Message), *typing.get_args(Resource), RuleOutput)
 }
-_HINTS: Final[dict[type, dict[str, Any]]] = {c: typing.get_type_hints(c) for c in _CLASSES.values()}
 _SENDABLE: Final = frozenset(typing.get_args(Message))
+_NAMES: Final = {c: tuple(field.name for field in dataclasses.fields(c)) for c in _CLASSES.values()}
 
 
 def encode(message: Message) -> bytes:
     """One datagram's bytes."""
-    return json.dumps({"v": VERSION, "m": _to_plain(message)}, separators=(",", ":")).encode()
+    return _ENCODER.encode({"v": VERSION, "m": message}).encode()
+
+
+def _to_plain(value: Any) -> dict[str, Any]:
+    """What json can't take by itself: a dataclass, as a table with its name."""
+    return {"t": type(value).__name__, **{name: getattr(value, name) for name in _NAMES[type(value)]}}
+
+
+_ENCODER: Final = json.JSONEncoder(separators=(",", ":"), default=_to_plain)
 
 
 def decode(data: bytes) -> Message:
@@ -398,7 +408,7 @@ def decode(data: bytes) -> Message:
         top = json.loads(data)
         if not isinstance(top, dict) or top.get("v") != VERSION:
             raise BadMessage(f"not a message of version {VERSION}")
-        message = _from_plain(top.get("m"), Message)
+        message = _READ_MESSAGE(top.get("m"))
     except (ValueError, RecursionError) as error:
         raise BadMessage(str(error)) from error
     if type(message) not in _SENDABLE:
@@ -406,47 +416,67 @@ def decode(data: bytes) -> Message:
     return typing.cast(Message, message)
 
 
-def _to_plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        fields = {f.name: _to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"t": type(value).__name__, **fields}
-    if isinstance(value, tuple):
-        return [_to_plain(item) for item in value]
-    return value
+# Readers make a value of a declared type from plain JSON, strictly: no field more or less, no int for a bool or
+# the other way round. There is one for each type, made once, for a start with many rules reads many messages.
+_Reader = Callable[[Any], Any]
 
 
-def _from_plain(value: Any, hint: Any) -> Any:
-    """`value` as type `hint`, strictly: no field more or less, no int for a bool or the other way round."""
+@functools.cache
+def _reader(hint: Any) -> _Reader:
     if typing.get_origin(hint) in (Union, types.UnionType):
-        return _from_union(value, typing.get_args(hint))
+        return _union_reader(typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
+        return _tuple_reader(_reader(typing.get_args(hint)[0]))
+    if hint in _NAMES:
+        return _table_reader(hint)
+    return _plain_reader(hint)
+
+
+def _plain_reader(cls: type) -> _Reader:
+    def read(value: Any) -> Any:
+        if type(value) is not cls:
+            raise BadMessage(f"{cls.__name__} was due, not {value!r}")
+        return value
+
+    return read
+
+
+def _tuple_reader(item: _Reader) -> _Reader:
+    def read(value: Any) -> Any:
         if not isinstance(value, list):
             raise BadMessage(f"a list was due, not {value!r}")
-        return tuple(_from_plain(item, typing.get_args(hint)[0]) for item in value)
-    if hint in _HINTS:
-        return _from_table(value, hint)
-    if type(value) is not hint:
-        raise BadMessage(f"{hint.__name__} was due, not {value!r}")
-    return value
+        return tuple(map(item, value))
+
+    return read
 
 
-def _from_union(value: Any, choices: tuple[Any, ...]) -> Any:
-    if value is None and type(None) in choices:
-        return None
-    if isinstance(value, dict):
-        named = _CLASSES.get(str(value.get("t")))
-        if named in choices:
-            return _from_table(value, named)
-    if type(value) in choices:
-        return value
-    raise BadMessage(f"unexpected {value!r}")
+def _union_reader(choices: tuple[Any, ...]) -> _Reader:
+    tables = {cls.__name__: _reader(cls) for cls in choices if cls in _NAMES}
+    plain = frozenset(choices)
+
+    def read(value: Any) -> Any:
+        if isinstance(value, dict) and (table := tables.get(str(value.get("t")))):
+            return table(value)
+        if type(value) in plain:
+            return value
+        raise BadMessage(f"unexpected {value!r}")
+
+    return read
 
 
-def _from_table(value: Any, cls: Any) -> Any:
-    hints = _HINTS[cls]
-    if not isinstance(value, dict) or value.keys() != {"t", *hints} or value["t"] != cls.__name__:
-        raise BadMessage(f"not a {cls.__name__}: {value!r}")
-    return cls(**{name: _from_plain(value[name], hint) for name, hint in hints.items()})
+def _table_reader(cls: Any) -> _Reader:
+    fields = [(name, _reader(hint)) for name, hint in typing.get_type_hints(cls).items()]
+    keys = {"t", *_NAMES[cls]}
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, dict) or value.keys() != keys or value["t"] != cls.__name__:
+            raise BadMessage(f"not a {cls.__name__}: {value!r}")
+        return cls(*[read(value[name]) for name, read in fields])
+
+    return read
+
+
+_READ_MESSAGE: Final = _reader(Message)
 
 
 class Channel:

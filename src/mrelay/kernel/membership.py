@@ -65,6 +65,7 @@ class MembershipPool:
         self._opened, self._closing = opened, closing
         self._helpers: list[_Helper] = []
         self._held: dict[tuple[Address, Address | None], _Helper] = {}
+        self._of_group: dict[Address, list[_Helper]] = {}  # every helper that holds something of the group
 
     @property
     def sockets(self) -> list[socket.socket]:
@@ -80,10 +81,20 @@ class MembershipPool:
             return
         if self._take_over(*key):
             return
-        for helper in self._helpers:
-            if helper.fits(*key) and self._join_on(helper, *key):
+        for helper in self._candidates(*key):
+            if self._join_on(helper, *key):
                 return
         self._join_on_new(*key)
+
+    def _candidates(self, group: Address, source: Address | None) -> "list[_Helper]":
+        """The helpers worth asking the kernel about: those that hold the group before, then those with room.
+
+        Any-source and source-specific membership of one group never share a socket: the kernel refuses.
+        """
+        holders = self._of_group.get(group, [])
+        sharing = [h for h in holders if source is not None and not h.old and None not in h.groups[group]]
+        roomy = [h for h in self._helpers if not h.full and h.version == group.version and not h.old]
+        return sharing + [helper for helper in roomy if helper not in holders]
 
     def leave(self, group: str | Address, source: str | Address | None = None) -> None:
         """Undo that join. Leaving what was not joined, or an interface that is gone, does nothing."""
@@ -92,8 +103,22 @@ class MembershipPool:
         if helper is None:
             return
         helper.leave(self.ifindex, *key)
+        self._forget(helper, key[0])
         if not helper.groups and not helper.old:
             self._drop(helper)
+
+    def _hold(self, helper: "_Helper", group: Address, source: Address | None) -> None:
+        self._held[group, source] = helper
+        holders = self._of_group.setdefault(group, [])
+        if helper not in holders:
+            holders.append(helper)
+
+    def _forget(self, helper: "_Helper", group: Address) -> None:
+        """Once it holds nothing of the group any more."""
+        if group not in helper.groups:
+            self._of_group[group].remove(helper)
+            if not self._of_group[group]:
+                del self._of_group[group]
 
     def adopt(self, sock: socket.socket) -> None:
         """Take a pool's socket from an earlier life, and with it what it has joined: `join` finds that there."""
@@ -117,14 +142,15 @@ class MembershipPool:
             helper.sock.close()
         self._helpers.clear()
         self._held.clear()
+        self._of_group.clear()
 
     def _take_over(self, group: Address, source: Address | None) -> bool:
         """Whether an adopted socket holds this already, and the interface agrees."""
-        for helper in self._helpers:
-            held = helper.old and helper.version == group.version and source in helper.joined(self.ifindex, group)
+        for helper in [helper for helper in self._helpers if helper.old]:
+            held = helper.version == group.version and source in helper.joined(self.ifindex, group)
             if held and group in _groups_on(self.ifindex, group.version):
                 helper.groups.setdefault(group, set()).add(source)
-                self._held[group, source] = helper
+                self._hold(helper, group, source)
                 return True
         return False
 
@@ -142,7 +168,7 @@ class MembershipPool:
                 raise
             helper.full |= group not in helper.groups
             return False
-        self._held[group, source] = helper
+        self._hold(helper, group, source)
         return True
 
     def _join_on_new(self, group: Address, source: Address | None) -> None:
@@ -169,18 +195,6 @@ class _Helper:
         self.sock = sock or _mute_socket(version)
         self.groups: dict[Address, set[Address | None]] = {}
         self.full = False  # the kernel refused one more group; until one is left
-
-    def fits(self, group: Address, source: Address | None) -> bool:
-        """Whether it is worth asking the kernel.
-
-        Any-source and source-specific membership of one group never share a socket: the kernel refuses.
-        """
-        if group.version != self.version or self.old:
-            return False
-        held = self.groups.get(group)
-        if held is None:
-            return not self.full
-        return source is not None and None not in held
 
     def joined(self, ifindex: int, group: Address) -> set[Address | None]:
         """What the kernel says this socket has joined of `group`: sources, or None for any source."""
