@@ -1,6 +1,6 @@
 /* What the kernel programs share with Python (src/mrelay/ebpf/layout.py; tests compare sizes and offsets).
  *
- * Who writes: F the program at tc ingress, R the rings' filter, W a worker, C control. Nobody else does.
+ * Who writes: F the program at tc ingress, R the rings' filters, W a worker, C control. Nobody else does.
  * Maps with BPF_F_MMAPABLE are memory that Python reads and writes without a system call.
  */
 #ifndef MRELAY_H
@@ -8,7 +8,7 @@
 
 #include <linux/types.h>
 
-/* ---- flows4, flows6: hash, one entry a flow that the fast path may carry (W; `tail`, `waited`: F and R) ---- */
+/* ---- flows4, flows6: hash, one entry a flow that the fast path may carry (W; `tail`, `waited`, `state`: F, R) ---- */
 
 struct flow4_key {
     __be32 source;
@@ -33,16 +33,14 @@ struct flow {
     __u32 worker;  /* index into `progress` */
     __u32 slot;    /* index into `counts`, of one processor */
     __u32 start;   /* its outputs: route[start] ... */
-    __u32 length;  /* ... route[start + length - 1] */
+    __u32 length;  /* ... route[start + length - 1]; at least one */
     __u32 waited;  /* frames left to the slow path since `tail` was set */
-    __u32 flags;   /* FLOW_* */
+    __u32 state;   /* what became of its last frame: enum passed, CARRIED when this path sent it on */
 };
-
-#define FLOW_MULTICAST 1 /* sockets of this host may want it too: look for one */
 
 /* ---- route: mmapped array of __u32, indices into `outputs` (W) ---- */
 
-/* ---- outputs: mmapped array, one concrete destination each (W; `errors`: F, atomically) ---- */
+/* ---- outputs: mmapped array, one concrete destination each, of the flow's own family (W; `errors`: F, atomically) ---- */
 
 struct output {
     __u8 address[16];   /* destination; IPv4 in the first four bytes */
@@ -67,7 +65,7 @@ struct hop {
     __u32 flags;   /* HOP_*; 0: not now, leave the frame to the slow path */
     __u32 ifindex;
     __u32 mtu;
-    __u8 mac[6];       /* the next hop's; unused for multicast */
+    __u8 mac[6];       /* the next hop's; unused for multicast, and where there is no link-layer header */
     __u8 own_mac[6];   /* the interface's */
     __u8 reserved[8];
     __u8 source[16];   /* for outputs that have none of their own; all zeros: leave it to the slow path */
@@ -95,6 +93,8 @@ enum passed {
     PASSED_REASONS = 8,
 };
 
+#define CARRIED PASSED_REASONS
+
 /* ---- progress: mmapped array, one for each worker; each writer has a cache line of its own ---- */
 
 struct progress {
@@ -115,5 +115,6 @@ struct range_key {
 };
 
 #define PATIENCE 1024 /* frames that a flow waits for the slow path to be drained; then it overtakes, once */
+#define HELD_MARK 0x6d72656c /* SO_MARK of the sockets that hold unicast inputs' ports: no listener's */
 
 #endif
