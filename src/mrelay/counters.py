@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mrelay.counters_size import HEADER, MAX_LINKS, MAX_RULES, counters_size
 
-MAGIC: Final = 0x6D72656C61790001  # "mrelay", layout 1
+MAGIC: Final = 0x6D72656C61790002  # "mrelay", layout 2
 
 # README.md says what each means; the index is the slot in `drops`.
 DROP_REASONS: Final = (
@@ -60,7 +60,8 @@ class Counters:
     `totals` u64[8]: received, matched. `drops` u64[len(DROP_REASONS)]. `keys` u64[5, F]: source high and low,
     group high and low, then port | vlan << 16 | family << 32 | ifindex << 40 (0: empty slot).
     `flows` u64[2, F]: packets, bytes; `folded`, the part of
-    them that `rules` and `links` have. `rules` u64[2, MAX_RULES]: packets, bytes.
+    them that `rules` and `links` have; `kernel`, what the fast path's own counters of the slot held when they were
+    last added to `flows`. `rules` u64[2, MAX_RULES]: packets, bytes.
     `links` u64[3, MAX_LINKS]: packets, bytes, errors.
     """
 
@@ -70,13 +71,15 @@ class Counters:
         words = np.frombuffer(self.memory, dtype=np.uint64)
         self.totals = words[8:16]
         self.drops = words[16 : 16 + len(DROP_REASONS)]
-        shapes: list[Sequence[int]] = [(5, flow_limit), (2, flow_limit), (2, flow_limit), (2, MAX_RULES)]
+        flows = (2, flow_limit)
+        shapes: list[Sequence[int]] = [(5, flow_limit), flows, flows, flows, (2, MAX_RULES)]
         blocks: list[U64] = []
         start = HEADER
         for rows, columns in [*shapes, (3, MAX_LINKS)]:
             blocks.append(words[start : start + rows * columns].reshape(rows, columns))
             start += rows * columns
-        self.keys, self.flows, self.folded, self.rules, self.links = blocks
+        self.keys, self.flows, self.folded, self.kernel, self.rules, self.links = blocks
+        self.fresh = words[0] != MAGIC  # no worker has had this memory yet
         if write:
             words[0], words[1] = MAGIC, flow_limit
 

@@ -119,7 +119,7 @@ class Listen:
 class StartWorkers:
     """Control to supervisor: one worker on each of these cores, with tables of these sizes.
 
-    `fast`: with the kernel's fast path. Answered, before Done, by a FastPath.
+    `fast`: with the kernel's fast path; then it is answered, before Done, by a FastPath.
     """
 
     id: int
@@ -148,6 +148,17 @@ class LogLevel:
 
     role: str
     level: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeNeighbour:
+    """Control to supervisor: have the kernel find out whether a neighbour that the fast path sends to is there.
+
+    What sends through the IP stack does so by itself; the fast path does not. Not answered: netlink tells.
+    """
+
+    ifindex: int
+    address: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,7 +388,7 @@ class Synced:
 
 Message = (
     Status | LogLevel
-    | Grant | Release | Listen | StartWorkers | Ready | Done | Listening | Failed | Setup | Held | WorkerUp
+    | Grant | Release | Listen | StartWorkers | Ready | ProbeNeighbour | Done | Listening | Failed | Setup | Held | WorkerUp
     | FastPath | WorkerDown | Reload | WorkerSetup | Granted | Revoked | Stop | PutRule | DropRule | Commit
     | Committed | Sync | Synced
 )  # fmt: skip

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import Any
 
 from pyroute2 import AsyncIPRoute, NetlinkDumpInterrupted, NetlinkError
 
@@ -41,6 +42,10 @@ class Link:
     ipv6: frozenset[str] = frozenset()
     loopback: bool = False
     noarp: bool = False  # a tunnel or the like, where there are no neighbours to be found
+    kind: int = 0  # ARPHRD_*
+    mtu: int = 0
+    mac: bytes = b""
+    taken: bool = False  # its frames go to another interface before they get to the IP stack
 
 
 class LinkTable:
@@ -166,6 +171,7 @@ async def dump(netlink: AsyncIPRoute) -> list[Link]:
             continue
         if address and not address.startswith(IPV4_LINK_LOCAL):
             found.setdefault((message["index"], message["family"]), set()).add(address)
+    parents = {message.get("link") for message in links if _is_vlan(message)}
     return [
         Link(
             name=message.get("ifname"),
@@ -175,6 +181,20 @@ async def dump(netlink: AsyncIPRoute) -> list[Link]:
             ipv6=frozenset(found.get((message["index"], socket.AF_INET6), ())),
             loopback=bool(message["flags"] & IFF_LOOPBACK),
             noarp=bool(message["flags"] & IFF_NOARP),
+            kind=message["ifi_type"],
+            mtu=message.get("mtu") or 0,
+            mac=_mac(message.get("address")),
+            taken=bool(message.get("master")) or message["index"] in parents,
         )
         for message in links
     ]
+
+
+def _is_vlan(message: Any) -> bool:
+    return (message.get("linkinfo") or {}).get("kind") == "vlan"
+
+
+def _mac(text: str | None) -> bytes:
+    """Empty for a link without one of six bytes."""
+    mac = bytes.fromhex((text or "").replace(":", ""))
+    return mac if len(mac) == 6 else b""

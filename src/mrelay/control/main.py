@@ -16,6 +16,7 @@ from mrelay import logs
 from mrelay.child import confine, settle
 from mrelay.control import preload  # noqa: F401  for its effect
 from mrelay.control.api import Server, create_app
+from mrelay.control.fastpath import FastPath
 from mrelay.control.links import LinkTable, LinkWatcher
 from mrelay.control.peers import Access
 from mrelay.control.proc import start_time
@@ -28,10 +29,12 @@ from mrelay.control.settings import choose_cores, override
 from mrelay.control.state import State, StateFile
 from mrelay.control.stats import Stats
 from mrelay.control.supervisor import Event, RequestFailed, Supervisor
-from mrelay.control.want import UP, Gro
+from mrelay.control.want import UP, Settings
 from mrelay.control.workers import Workers
+from mrelay.ebpf.maps import Maps, sizes_of
 from mrelay.messages import BadMessage, Held, OpenEgress, Reload, Setup, Stop, WorkerDown, WorkerUp
-from mrelay.model.config import Config, load_config
+from mrelay.messages import FastPath as FastPathMessage
+from mrelay.model.config import Config, RelaySettings, load_config
 from mrelay.model.issue import ConfigError
 from mrelay.pulse import INTERVAL, Pulse
 
@@ -60,6 +63,8 @@ class Control:
         self._setup_message: Setup | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._reconciler: Reconciler | None = None
+        self._maps: Maps | None = None
+        self._no_fast_path = 'engine = "uring"'
         self._relay: Relay | None = None
         self._server: Server | None = None
         self.workers = Workers(self._on_worker_up, self._on_end)
@@ -78,6 +83,9 @@ class Control:
                 self.workers.up(event, fds)
             case WorkerDown():
                 self.workers.down(event)
+            case FastPathMessage():
+                self._maps = Maps(fds, sizes_of(event)) if fds else None
+                self._no_fast_path = event.problem
             case Reload():
                 self._spawn(self._reload(event, fds))
             case Stop():
@@ -156,11 +164,14 @@ class Control:
         file = "command line" if setup.workers is not None else setup.config or ""
         cores = choose_cores(relay.workers, os.sched_getaffinity(0), file)
         links = LinkTable(what for what in held if isinstance(what, OpenEgress))
-        gro = Gro(relay.gro, relay.ring_slots)
-        hops = NextHops(self._on_hops)
-        self._reconciler = Reconciler(self.supervisor, self.workers, links, book, hops, settings=gro, held=held)
+        hops = NextHops(self._on_hops, self.supervisor.probe)
+        await self._start_workers(cores, relay, restarted=setup.restarted)
+        fast = self._fast_path(links, hops, relay.engine)
+        settings = Settings(relay.gro, relay.ring_slots, fast is not None)
+        self._reconciler = Reconciler(
+            self.supervisor, self.workers, links, book, hops, settings=settings, held=held, fast=fast
+        )
         await self._watch(links, self._reconciler)
-        await self._start_workers(cores, relay.flow_limit, restarted=setup.restarted)
         await self._wait_for_workers(len(cores))
         self._spawn(self._reconciler.run())
         self._spawn(hops.run())
@@ -212,13 +223,25 @@ class Control:
         self._spawn(LinkWatcher(links, reconciler.links_changed).run(filled))
         await filled.wait()
 
-    async def _start_workers(self, cores: tuple[int, ...], flow_limit: int, *, restarted: bool) -> None:
+    async def _start_workers(self, cores: tuple[int, ...], relay: RelaySettings, *, restarted: bool) -> None:
         try:
-            await self.supervisor.start_workers(cores, flow_limit)
+            await self.supervisor.start_workers(cores, relay.flow_limit, fast=relay.engine != "uring")
         except RequestFailed as error:
             if not restarted:
                 raise
             log.error("going on with the workers that run: %s", error)
+
+    def _fast_path(self, links: LinkTable, hops: NextHops, engine: str) -> FastPath | None:
+        """The fast path, if there is one. RequestFailed when there is none and the engine must be it."""
+        if self._maps is None:
+            if engine == "ebpf":
+                raise RequestFailed(0, f'engine = "ebpf": {self._no_fast_path}', 'set engine = "auto" to do without')
+            if engine == "auto":
+                log.warning("no kernel fast path: %s; forwarding in user space", self._no_fast_path)
+            return None
+        fast = FastPath(self._maps, links, hops.reached)
+        self._spawn(fast.run())
+        return fast
 
     async def _wait_for_workers(self, count: int) -> None:
         try:

@@ -7,10 +7,11 @@ round. Called by main, rulebook and api, which only trigger it and may wait for 
 
 import asyncio
 import errno
-import ipaddress
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 
+from mrelay.control.fastpath import FastPath, hop_of
 from mrelay.control.links import LinkTable
 from mrelay.control.routes import Hop, NextHops
 from mrelay.control.rulebook import Rulebook
@@ -18,8 +19,8 @@ from mrelay.control.supervisor import RequestFailed, Supervisor
 from mrelay.control.want import (
     UP,
     EgressIds,
-    Gro,
     RulePlan,
+    Settings,
     in_force,
     output_state,
     own_sources,
@@ -45,9 +46,11 @@ class Reconciler:
         book: Rulebook,
         hops: NextHops,
         *,
-        settings: Gro,
+        settings: Settings,
         held: Iterable[Resource] = (),
+        fast: FastPath | None = None,
     ) -> None:
+        self._fast = fast
         self._supervisor, self._workers, self._links, self._book = supervisor, workers, links, book
         self._hops, self._settings = hops, settings
         self._have = set(held)
@@ -74,11 +77,9 @@ class Reconciler:
         return found
 
     def _hop(self, egress: OpenEgress) -> Hop | None:
-        """What a unicast output must reach."""
-        link = self._links.by_name.get(self._links.name(egress.ifindex))
-        if link is None or egress.address is None or ipaddress.ip_address(egress.address).is_multicast:
-            return None
-        return Hop(egress.ifindex, egress.address, link.noarp or link.loopback)
+        """What an output must reach; without a fast path only its unicast address, if it has one."""
+        hop = hop_of(egress, self._links.by_name.get(self._links.name(egress.ifindex)))
+        return hop if self._fast is not None or (hop is not None and hop.address == egress.address) else None
 
     def output_states(self) -> dict[tuple[str, str], str]:
         """Each output's state, by its rule's name and its own text."""
@@ -92,6 +93,8 @@ class Reconciler:
     def hops_changed(self) -> None:
         """A route or neighbour came or went: what failed for want of it may be had now."""
         self._tell()
+        if self._fast is not None:
+            self._fast.look_again()
         if self.failed:
             self._wake.set()
 
@@ -103,6 +106,7 @@ class Reconciler:
         """The same, and what was refused for good may now be had."""
         self._refused.clear()
         self._known = {}
+        self._hops.look_again()
         self._wake.set()
 
     async def settled(self) -> None:
@@ -139,20 +143,31 @@ class Reconciler:
         wanted = {what for plan in plans for what in plan.needs()}
         self.failed = {what: problem for what, problem in self.failed.items() if what in wanted}
         self._refused &= wanted
+        await self._release(self._in_the_way(wanted))
         await self._grant({what for plan in plans for what in plan.opens()})
         await self._release(what for what in self._have - wanted if isinstance(what, JoinGroup))
         own = own_sources(plans, self._links)
         running = [(plan, put) for plan in plans if (put := in_force(plan, self._have, own))]
         await self._workers.put({put.rule: put for _, put in running})
+        if self._fast is not None:
+            self._fast.set_ranges(put for _, put in running)
         if replaced:  # the rules may be what they were: joins still wait until every worker has the new rings
             await self._workers.sync()
         await self._grant({join for plan, _ in running if plan.state == UP for join in plan.joins})
         await self._release(self._have - wanted)
         self._ids.keep({what.output for what in self._have | wanted if isinstance(what, OpenEgress)})
+        if self._fast is not None:
+            self._fast.follow(what for what in self._have if isinstance(what, OpenEgress))
         self.plans, self.running = plans, [put for _, put in running]
         egresses = {output.egress for plan in plans for output in plan.outputs if output.state == UP}
         self._hops.follow({hop for egress in egresses if egress and (hop := self._hop(egress))})
         self._tell()
+
+    def _in_the_way(self, wanted: AbstractSet[Resource]) -> set[Resource]:
+        """Rings of an interface that comes under the fast path now, or does no more: both can't be there."""
+        rings = {what for what in self._have if isinstance(what, OpenIngress)}
+        coming = {(what.ifindex, bool(what.family)) for what in wanted - rings if isinstance(what, OpenIngress)}
+        return {what for what in rings - wanted if (what.ifindex, not what.family) in coming}
 
     async def _grant(self, wanted: Iterable[Resource]) -> None:
         missing = [what for what in wanted if what not in self._have and what not in self._refused]

@@ -15,12 +15,14 @@ from mrelay.messages import (
     BadMessage,
     Done,
     Failed,
+    FastPath,
     Grant,
     Held,
     Listen,
     Listening,
     LogLevel,
     Message,
+    ProbeNeighbour,
     Ready,
     Release,
     Reload,
@@ -33,8 +35,8 @@ from mrelay.messages import (
     WorkerUp,
 )
 
-EVENTS = (Setup, Held, WorkerUp, WorkerDown, Reload, Stop)
-Event = Setup | Held | WorkerUp | WorkerDown | Reload | Stop
+EVENTS = (Setup, Held, WorkerUp, WorkerDown, FastPath, Reload, Stop)
+Event = Setup | Held | WorkerUp | WorkerDown | FastPath | Reload | Stop
 Request = Grant | Release | Listen | StartWorkers
 Answer = tuple[Done | Listening, list[int]]
 
@@ -77,9 +79,13 @@ class Supervisor:
             raise RequestFailed(0, f"the supervisor sent {len(fds)} descriptors for the API socket", "")
         return answer, fds[0]
 
-    async def start_workers(self, cores: tuple[int, ...], flow_limit: int) -> None:
-        """Have one worker started on each core; those that run already go on."""
-        await self._request(StartWorkers(next(self._ids), cores, flow_limit))
+    async def start_workers(self, cores: tuple[int, ...], flow_limit: int, *, fast: bool) -> None:
+        """Have one worker started on each core; those that run already go on. `fast`: after the event FastPath."""
+        await self._request(StartWorkers(next(self._ids), cores, flow_limit, fast))
+
+    def probe(self, ifindex: int, address: str) -> None:
+        """Have the kernel find out whether this neighbour is still there."""
+        self._channel.send(ProbeNeighbour(ifindex, address))
 
     def ready(self, status: str) -> None:
         """Say that every rule that can be up is up, or that a reload is over."""

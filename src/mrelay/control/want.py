@@ -11,6 +11,7 @@ from ipaddress import IPv4Address, IPv6Address
 from types import MappingProxyType
 from typing import Literal
 
+from mrelay.control.fastpath import carries
 from mrelay.control.links import Link, LinkTable
 from mrelay.control.slots import Slots
 from mrelay.messages import (
@@ -36,11 +37,12 @@ EgressKey = tuple[int, int, str | None, int | None, str, int]  # OpenEgress with
 
 
 @dataclass(frozen=True, slots=True)
-class Gro:
-    """The config's `gro` and `ring_slots`."""
+class Settings:
+    """The config's `gro` and `ring_slots`; `fast`: there is a fast path."""
 
     gro: Literal["auto"] | bool
     ring_slots: int
+    fast: bool = False
 
 
 class EgressIds:
@@ -126,7 +128,7 @@ def plan_rules(
     slots: Slots,
     links: LinkTable,
     ids: EgressIds,
-    settings: Gro,
+    settings: Settings,
     known: Mapping[str, RulePlan] = MappingProxyType({}),
 ) -> list[RulePlan]:
     """A plan for each rule. `known` are plans made since the links last changed, to be used again."""
@@ -138,7 +140,7 @@ def plan_rules(
     ]
 
 
-def _plan_rule(rule: Rule, slots: Slots, links: LinkTable, ids: EgressIds, settings: Gro) -> RulePlan:
+def _plan_rule(rule: Rule, slots: Slots, links: LinkTable, ids: EgressIds, settings: Settings) -> RulePlan:
     outputs = tuple(_plan_output(rule, output, slots, links, ids) for output in rule.to)
     link = links.by_name.get(rule.from_.interface)
     state = _link_state(rule.from_.interface, link)
@@ -149,7 +151,7 @@ def _plan_rule(rule: Rule, slots: Slots, links: LinkTable, ids: EgressIds, setti
         rule,
         state,
         outputs,
-        ingress=OpenIngress(link.ifindex, settings.ring_slots),
+        ingress=_ingress(rule.from_, link, settings),
         beside=_beside(rule.from_, link, settings),
         joins=joins,
         compiled=_compile(rule, slots.rules[rule.name].index, link.ifindex),
@@ -158,13 +160,19 @@ def _plan_rule(rule: Rule, slots: Slots, links: LinkTable, ids: EgressIds, setti
     )
 
 
+def _ingress(origin: Input, link: Link, settings: Settings) -> OpenIngress:
+    """Behind the fast path where there is one, which takes a ring for each family; else before everything."""
+    family = origin.address.version if settings.fast and carries(link) else 0
+    return OpenIngress(link.ifindex, settings.ring_slots, family)
+
+
 def _link_state(name: str, link: Link | None) -> str:
     if link is None:
         return f"waiting: no interface {name}"
     return UP if link.up else f"waiting: {name} is down"
 
 
-def _beside(origin: Input, link: Link, settings: Gro) -> frozenset[Resource]:
+def _beside(origin: Input, link: Link, settings: Settings) -> frozenset[Resource]:
     found: set[Resource] = set()
     if settings.gro:  # "auto" or true
         found.add(SetGro(link.ifindex))

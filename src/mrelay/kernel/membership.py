@@ -17,6 +17,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Final
 
+from mrelay.ebpf.layout import HELD_MARK
 from mrelay.kernel import cbpf
 
 # linux/in.h, linux/in6.h
@@ -249,6 +250,7 @@ class UnicastPool:
             return True
         sock = _mute_socket(key[0].version)
         try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, HELD_MARK)
             sock.bind((str(key[0]), port))
         except OSError as error:
             sock.close()

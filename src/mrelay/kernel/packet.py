@@ -9,10 +9,14 @@ import socket
 import struct
 from typing import Final
 
+from mrelay.kernel.bpf import attach_filter
 from mrelay.kernel.cbpf import DROP_ALL, attach
 
 SOL_PACKET: Final = 263  # linux/socket.h
 ETH_P_ALL: Final = 0x0003  # linux/if_ether.h
+ETH_P_IP: Final = 0x0800
+ETH_P_IPV6: Final = 0x86DD
+PROTOCOLS: Final = {0: ETH_P_ALL, 4: ETH_P_IP, 6: ETH_P_IPV6}  # by messages.OpenIngress.family
 
 # linux/if_packet.h
 PACKET_RX_RING: Final = 5
@@ -53,18 +57,29 @@ _SHORT_BLOCK: Final = 32 * max(1, mmap.PAGESIZE // 65536)  # slots a block: 64 k
 
 
 def open_ring(
-    ifindex: int, slots: int, slot: int, fanout: int | None, *, shared: bool
+    ifindex: int,
+    slots: int,
+    slot: int,
+    fanout: int | None,
+    *,
+    shared: bool,
+    protocol: int = ETH_P_ALL,
+    program: int | None = None,
 ) -> tuple[socket.socket, int]:
     """A bound TPACKET_V2 ring of `slots` slots of `slot` bytes (SLOT or LONG_SLOT).
 
-    It lets nothing in until its owner attaches a filter. `fanout` is the id of the ring's PACKET_FANOUT
+    ETH_P_ALL gets frames before tc does, ETH_P_IP and ETH_P_IPV6 what tc passed on. `program`: an eBPF filter's
+    descriptor; with none it lets nothing in until its owner attaches a filter. `fanout` is the id of the ring's PACKET_FANOUT
     group, None to found one; the id is returned. The group is what makes the kernel put fragments together;
     `shared` between workers it spreads flows by hash, which costs a look into each packet. OSError as the
     kernel says it.
     """
     sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
     try:
-        attach(sock, DROP_ALL)
+        if program is None:
+            attach(sock, DROP_ALL)
+        else:
+            attach_filter(sock, program)
         for option, value in (
             (PACKET_VERSION, TPACKET_V2),
             (PACKET_VNET_HDR, 1),
@@ -75,7 +90,7 @@ def open_ring(
         block = slot * (_SHORT_BLOCK if slot == SLOT else _LONG_BLOCK)
         request = struct.pack("=IIII", block, slots * slot // block, slot, slots)  # struct tpacket_req
         sock.setsockopt(SOL_PACKET, PACKET_RX_RING, request)
-        sock.bind((socket.if_indextoname(ifindex), ETH_P_ALL))
+        sock.bind((socket.if_indextoname(ifindex), protocol))
         return sock, _join_fanout(sock, fanout, PACKET_FANOUT_HASH if shared else PACKET_FANOUT_CPU)
     except BaseException:
         sock.close()

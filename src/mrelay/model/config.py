@@ -27,13 +27,14 @@ _cores = whole(0, 1023, "a core's number such as 2; `nproc` says how many there 
 _count = whole(1, 1024, 'a number such as 2, or "auto", or cores such as [0, 2]')
 
 
-def _engine(value: object) -> Literal["auto", "uring"]:
+def _engine(value: object) -> Literal["auto", "ebpf", "uring"]:
     if value == "auto":
         return "auto"
+    if value == "ebpf":
+        return "ebpf"
     if value == "uring":
         return "uring"
-    problem = "is not in this version" if value == "ebpf" else "is not an engine"
-    raise fault(f"{show(value)} {problem}", 'use "auto" or "uring"')
+    raise fault(f"{show(value)} is not an engine", 'use "auto", "ebpf" or "uring"')
 
 
 def _workers(value: object) -> Literal["auto"] | int | list[int]:
@@ -88,7 +89,7 @@ class RelaySettings(Table):
     WHAT: ClassVar[str] = "[relay]"
     EXAMPLE: ClassVar[str] = 'a line [relay], and below it workers = "auto"'
 
-    engine: Annotated[Literal["auto", "uring"], PlainValidator(_engine)] = "auto"
+    engine: Annotated[Literal["auto", "ebpf", "uring"], PlainValidator(_engine)] = "auto"
     workers: Annotated[Literal["auto"] | int | list[int], PlainValidator(_workers)] = "auto"
     gro: Annotated[Literal["auto"] | bool, PlainValidator(_gro)] = "auto"
     socket_mode: Annotated[str, PlainValidator(_socket_mode)] = "0660"

@@ -32,6 +32,7 @@ from mrelay.messages import (
     Listening,
     LogLevel,
     Message,
+    ProbeNeighbour,
     Ready,
     Release,
     Reload,
@@ -49,7 +50,7 @@ from mrelay.messages import (
 from mrelay.supervisor.backoff import CAP
 from mrelay.supervisor.children import OUTDATED, Child, ControlChild, Process, WorkerChild, end_all
 from mrelay.supervisor.host import clear_path, find_group, find_users, listen_at, open_state_dir
-from mrelay.supervisor.resources import Refused, Resources
+from mrelay.supervisor.resources import Refused, Resources, probe_neighbour
 from mrelay.supervisor.service import Service
 from mrelay.supervisor.watch import CHECK
 
@@ -164,6 +165,8 @@ class Supervisor:
         with theirs, its:
             setup = WorkerSetup(worker.number, worker.core, worker.flow_limit)
             worker.tell(setup, [its.fileno(), worker.counters])
+            if equip and self._resources.fast.maps:
+                worker.tell(self._resources.fast.message(), self._resources.fast.fds())
             worker.tell(LogLevel("worker", logs.levels()["worker"]))  # a spare was started under an older one
             for what, opened in self._resources.held.items() if equip else ():
                 if opened.sockets:
@@ -211,8 +214,10 @@ class Supervisor:
                 self._answer(id, lambda: self._release(what))
             case Listen(id, mode, group):
                 self._answer(id, lambda: self._listen(id, mode, group))
-            case StartWorkers(id, cores, flow_limit):
-                self._answer(id, lambda: self._start_workers(cores, flow_limit))
+            case StartWorkers(id, cores, flow_limit, fast):
+                self._answer(id, lambda: self._start_workers(cores, flow_limit, fast=fast))
+            case ProbeNeighbour(ifindex, address):
+                probe_neighbour(ifindex, address)
             case Ready(status):
                 self._announce(status)
             case Status(text):
@@ -260,7 +265,19 @@ class Supervisor:
         owner = os.lstat(path)
         return Listening(id_, owner.st_uid, owner.st_gid)
 
-    def _start_workers(self, cores: tuple[int, ...], flow_limit: int) -> None:
+    def _start_workers(self, cores: tuple[int, ...], flow_limit: int, *, fast: bool) -> None:
+        self._check_workers(cores, flow_limit)
+        if fast:
+            self._resources.fast.start(len(cores), flow_limit)
+            self._control.tell(self._resources.fast.message(), self._resources.fast.fds())
+        if self._workers:
+            return
+        self._resources.workers = len(cores)
+        self._workers = [WorkerChild(n, core, flow_limit, self._worker_user) for n, core in enumerate(cores)]
+        for worker in self._workers:
+            self._start(worker)
+
+    def _check_workers(self, cores: tuple[int, ...], flow_limit: int) -> None:
         if self._workers:
             same = [w.core for w in self._workers] == list(cores) and self._workers[0].flow_limit == flow_limit
             if not same:
@@ -270,10 +287,6 @@ class Supervisor:
             raise Refused(f"cores {list(cores)} are not all ours to use")
         if not 1 <= flow_limit <= _MAX_FLOWS:
             raise Refused(f"flow limit {flow_limit}", f"choose one from 1 to {_MAX_FLOWS}")
-        self._resources.workers = len(cores)
-        self._workers = [WorkerChild(n, core, flow_limit, self._worker_user) for n, core in enumerate(cores)]
-        for worker in self._workers:
-            self._start(worker)
 
     def _announce(self, status: str) -> None:
         if not self._service.ready:

@@ -5,6 +5,7 @@ workers. Each request is checked here again: whoever asks may have been taken ov
 no text is an address before this says so. Called by supervisor.main; nothing blocks.
 """
 
+import contextlib
 import ipaddress
 import resource
 import socket
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from mrelay.counters_size import MAX_LINKS
-from mrelay.kernel import ethtool, packet, udp
+from mrelay.kernel import ethtool, neighbour, packet, udp
 from mrelay.kernel.membership import MembershipPool, UnicastPool
 from mrelay.messages import HoldUnicast, JoinGroup, OpenEgress, OpenIngress, Resource, SetGro
 from mrelay.supervisor import fdstore
+from mrelay.supervisor.fastpath import FastPath
 
 _GRO: Final = {"rx-gro": True, "rx-udp-gro-forwarding": True}
 _MROUTE: Final = (Path("/proc/net/ip_mr_vif"), Path("/proc/net/ip6_mr_vif"))
@@ -68,6 +70,7 @@ class Resources:
         self.workers = 0
         self._joins: dict[int, MembershipPool] = {}
         self._unicast = UnicastPool()
+        self.fast = FastPath()
 
     def open(self, what: Resource) -> Opened:
         """Open it, or return what is open already. OSError and Refused leave nothing behind."""
@@ -144,22 +147,44 @@ class Resources:
     def _open_ingress(self, what: OpenIngress) -> Opened:
         _interface(what.ifindex)
         _require(what.slots in _SLOTS, f"{what.slots} slots: not a power of two from 256 to 65536")
-        others = any(isinstance(held, OpenIngress) and held.ifindex == what.ifindex for held in self.held)
-        _require(not others, f"interface {what.ifindex} has its rings already")
+        _require(what.family in packet.PROTOCOLS, f"family {what.family}")
+        here = {held.family for held in self.held if isinstance(held, OpenIngress) and held.ifindex == what.ifindex}
+        _require(not here or 0 not in {*here, what.family}, f"interface {what.ifindex} has its rings already")
+        _require(what.family not in here, f"interface {what.ifindex} has such rings already")
         _require(self.workers > 0, "no worker was started yet")
+        if what.family == 0:
+            return Opened(self._open_rings(what), _nothing)
+        _require(bool(self.fast.maps), "there is no fast path")
+        self.fast.attach(what.ifindex)
+        try:
+            return Opened(self._open_rings(what), lambda: self.fast.detach(what.ifindex))
+        except BaseException:
+            self.fast.detach(what.ifindex)
+            raise
+
+    def _open_rings(self, what: OpenIngress) -> list[list[socket.socket]]:
+        """Each worker's short and long ring."""
         shapes = ((what.slots, packet.SLOT), (packet.LONG_SLOTS, packet.LONG_SLOT))
         rings: list[list[socket.socket]] = [[] for _ in range(self.workers)]
         try:
             for slots, size in shapes:
                 fanout: int | None = None
-                for mine in rings:
-                    ring, fanout = packet.open_ring(what.ifindex, slots, size, fanout, shared=self.workers > 1)
+                for number, mine in enumerate(rings):
+                    ring, fanout = packet.open_ring(
+                        what.ifindex,
+                        slots,
+                        size,
+                        fanout,
+                        shared=self.workers > 1,
+                        protocol=packet.PROTOCOLS[what.family],
+                        program=self.fast.filter(number, size) if what.family else None,
+                    )
                     mine.append(ring)
         except BaseException:
             for several in rings:
                 _close_each(several)
             raise
-        return Opened(rings, _nothing)
+        return rings
 
     def _open_egress(self, what: OpenEgress) -> Opened:
         _check_egress(what)
@@ -185,6 +210,15 @@ class Resources:
             )
         before = ethtool.set_features(name, _GRO)
         return Opened([], lambda: _put_back(what, before))
+
+
+def probe_neighbour(ifindex: int, address: str) -> None:
+    """Best effort: what is gone by now needs no probe. Raises Refused for what is no unicast address."""
+    target = _address(address)
+    _require(not target.is_multicast and not target.is_unspecified, f"{target} is no neighbour")
+    _require(0 < ifindex <= _MAX_INT, f"interface {ifindex}")
+    with contextlib.suppress(OSError):
+        neighbour.probe(ifindex, address)
 
 
 def _nothing() -> None:

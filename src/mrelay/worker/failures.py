@@ -23,7 +23,7 @@ EXPIRED = errno.ETIME  # our own sign for "the TTL ran out"
 class Failures:
     """Books failed sends, whose datagrams the flow was already counted with; `fold` is FlowTable.fold_flow."""
 
-    def __init__(self, counters: Counters, fold: Callable[[Flow], None]) -> None:
+    def __init__(self, counters: Counters, fold: Callable[[Flow], tuple[int, int]]) -> None:
         self._counters, self._fold = counters, fold
 
     def record(
@@ -50,6 +50,11 @@ class Failures:
         for link in flow.route.links[flow.entries.index(entry)]:
             self._counters.links[:2, link] -= took
             self._counters.links[2, link] += np.uint64(lost)
+
+    def refused(self, flow: Flow, entry: Entry, lost: int) -> None:
+        """`lost` datagrams that the fast path forwarded did not go to this entry; of what size is not known."""
+        packets, octets = self._fold(flow)
+        self._book_output(flow, entry, lost, octets * lost // max(packets, 1))
 
     def withhold(self, flow: Flow, count: int, octets: int, bits: int) -> None:
         """Of `count` datagrams of `octets` bytes only the rules of `bits` passed any on: take the others' off."""

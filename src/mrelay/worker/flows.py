@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from mrelay.counters import LOOP, NO_OUTPUT, NO_RULE, Counters, sound_keys
 from mrelay.model.ruleset import NOWHERE, RETURNED, FlowKey, Route, RuleSet, address_text
 from mrelay.worker.egress import Egress, Entry
+from mrelay.worker.fastpath import FastPath
 from mrelay.worker.limits import MOST, Limits
 
 log = logging.getLogger("mrelay.worker")
@@ -114,7 +115,8 @@ class FlowTable:
 
     `routes` holds the entry indices of all routes. Of flows with limited rules: `limit_start`, `limit_length` i32
     (the rules, in `limited`), `mask_start` i32 (of all flows: Route.masks, in `masks`), `withheld` bool (no
-    destination is free of limits). `beat` is called during long work.
+    destination is free of limits). `beat` is called during long work. `fast` is told of every flow, if there is a
+    fast path; `on_refused` of what an interface refused there: flow, entry, datagrams.
     """
 
     def __init__(
@@ -132,6 +134,8 @@ class FlowTable:
         self.withheld = np.zeros(limit, np.bool_)
         self.last = np.zeros(limit, np.int64)
         self.now = 0
+        self.fast: FastPath | None = None
+        self.on_refused: Callable[[Flow, Entry, int], None] = lambda *_: None
         self._free = list(range(limit - 1, -1, -1))
         self._bits = max(10, (4 * limit - 1).bit_length())
         self._slots = np.full(1 << self._bits, -1, np.int32)
@@ -144,6 +148,9 @@ class FlowTable:
         self._reset_routes()
 
     def _reset_routes(self) -> None:
+        if self.fast is not None:
+            self._collect()
+            self.fast.turn()
         self.egress.forget_entries()
         self.routes, self.limited, self.masks = Lists(np.int32), Lists(np.int32), Lists(np.uint64)
 
@@ -268,6 +275,8 @@ class FlowTable:
         self.mask_start[slot] = self.masks.start(route.masks)
         self.withheld[slot] = 0 not in route.masks
         self.verdict[slot] = self._judge(key, route)
+        if self.fast is not None:
+            self.fast.follow(slot, key, route, entries, forward=self.verdict[slot] == FORWARD)
 
     def _judge(self, key: FlowKey, route: Route) -> int:
         if route is NOWHERE:
@@ -290,6 +299,8 @@ class FlowTable:
             self._empty(slot, flow)
 
     def _empty(self, slot: int, flow: Flow) -> None:
+        if self.fast is not None:
+            self.fast.remove(slot, flow.key)
         self._fold_flow(slot, flow)
         del self.index[flow.key]
         self.counters.keys[:, slot] = 0
@@ -298,6 +309,7 @@ class FlowTable:
 
     def _make_room(self) -> None:
         """The sixteenth of the flows that was used longest ago goes."""
+        self._collect()  # what the fast path carries is in use
         share = max(1, self.limit // 16)
         gone = np.argpartition(self.last, share - 1)[:share]
         self._slots[np.isin(self._slots, gone)] = -1
@@ -309,6 +321,8 @@ class FlowTable:
 
     def inherit(self) -> None:
         """An earlier worker left flows in the shared memory: `restore` is to take them over."""
+        if self.fast is not None:
+            self.fast.inherit()
         keys = self.counters.keys
         keys[:, ~sound_keys(keys)] = 0
         self.kept = np.flatnonzero(keys[4]).tolist()
@@ -329,6 +343,8 @@ class FlowTable:
     def _merge(self, slot: int, into: int) -> None:
         """This kept flow came again, and was installed, before its turn."""
         counters = self.counters
+        if self.fast is not None:
+            self.fast.collect_slot(slot)
         for counts in (counters.flows, counters.folded):
             counts[:, into] += counts[:, slot]
         counters.keys[:, slot] = 0
@@ -350,6 +366,7 @@ class FlowTable:
 
     def fold(self) -> None:
         """Bring the rules' and links' counters up to date with the flows'."""
+        self._collect()
         counters = self.counters
         dirty = np.flatnonzero((counters.flows != counters.folded).any(axis=0))
         for slot in dirty.tolist():
@@ -358,9 +375,23 @@ class FlowTable:
             if flow is not None:
                 self._fold_flow(slot, flow)
 
-    def fold_flow(self, flow: Flow) -> None:
-        """The same for one flow."""
-        self._fold_flow(self.index[flow.key], flow)
+    def _collect(self) -> None:
+        """Add what the fast path counted."""
+        if self.fast is None:
+            return
+        self.now += 1
+        self.last[self.fast.collect()] = self.now
+        for entry, lost in self.fast.refused():
+            flow = next((flow for flow in self.flows if flow is not None and entry in flow.entries), None)
+            if flow is not None:
+                self.on_refused(flow, entry, lost)
+
+    def fold_flow(self, flow: Flow) -> tuple[int, int]:
+        """The same for one flow; its packets and bytes so far."""
+        slot = self.index[flow.key]
+        self._fold_flow(slot, flow)
+        packets, octets = self.counters.flows[:, slot].tolist()
+        return packets, octets
 
     def _fold_flow(self, slot: int, flow: Flow) -> None:
         counters = self.counters

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mrelay.kernel.cbpf import SKF_NET_OFF, attach_group_filter, only_longer
+from mrelay.messages import OpenIngress
 from mrelay.kernel.packet import (
     L3_OFFSET,
     LONG_SLOT,
@@ -134,12 +135,12 @@ class Ring:
 
 
 class Ingress:
-    """An interface's two rings, read as one."""
+    """An interface's two rings, read as one. `what`: the request that they were opened for."""
 
-    def __init__(self, socks: list[socket.socket], ifindex: int, slots: int, *, used: bool) -> None:
-        self.ifindex = ifindex
-        self.short = Ring(socks[0], ifindex, slots, SLOT, used=used)
-        self.long = Ring(socks[1], ifindex, LONG_SLOTS, LONG_SLOT, used=used)
+    def __init__(self, socks: list[socket.socket], what: OpenIngress, *, used: bool) -> None:
+        self.what, self.ifindex = what, what.ifindex
+        self.short = Ring(socks[0], what.ifindex, what.slots, SLOT, used=used)
+        self.long = Ring(socks[1], what.ifindex, LONG_SLOTS, LONG_SLOT, used=used)
         self.rings = (self.short, self.long)
         self._ranges: tuple[Ranges, Ranges] = [], []
         # An absolute offset also reads headers that are not in the buffer's linear part; SKF_NET_OFF does not.

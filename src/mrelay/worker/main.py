@@ -19,12 +19,14 @@ import numpy as np
 from mrelay import logs
 from mrelay.child import confine, settle
 from mrelay.counters import RECEIVED, RING_FULL, Counters
+from mrelay.ebpf.maps import Maps, sizes_of
 from mrelay.messages import (
     BadMessage,
     Channel,
     Commit,
     Committed,
     DropRule,
+    FastPath,
     Granted,
     LogLevel,
     Message,
@@ -40,6 +42,7 @@ from mrelay.messages import (
 from mrelay.model.ruleset import RuleSet
 from mrelay.pulse import INTERVAL, Pulse
 from mrelay.worker.egress import Egress
+from mrelay.worker import fastpath
 from mrelay.worker.failures import Failures
 from mrelay.worker.flows import FlowTable
 from mrelay.worker.ingress import Ingress, Ring
@@ -56,6 +59,7 @@ _ROUNDS: Final = 16  # batches of one ring before the others, and the channels, 
 _MESSAGES: Final = 64  # from control, before the rings get theirs
 _FLOWS: Final = 64  # of those that an earlier worker left, likewise
 _IDLE: Final = round(INTERVAL * 1000)  # ms
+_QUIET: Final = 5  # ms without a frame, after which those that were let in have long been sent on
 
 
 class Worker:
@@ -71,10 +75,13 @@ class Worker:
         self.rules, self.egress = RuleSet(), Egress()
         self.table = FlowTable(self.counters, setup.flow_limit, self.rules, self.egress, pulse.beat)
         failures = Failures(self.counters, self.table.fold_flow)
+        self.table.on_refused = failures.refused
+        self.fast: fastpath.FastPath | None = None
         self.scalar = ScalarPath(self.counters, self.table, failures)
         self.vector = VectorPath(self.counters, self.table, failures, sender)
         self.pace = Pace(self.counters)
-        self.ingress: dict[int, Ingress] = {}
+        self._number = setup.worker
+        self.ingress: dict[tuple[int, int], Ingress] = {}  # by ifindex and family (messages.OpenIngress)
         self._by_fd: dict[int, Ingress] = {}
         self._poll = select.poll()
         self._poll.register(supervisor.sock, select.POLLIN)
@@ -102,17 +109,20 @@ class Worker:
 
     def _from_supervisor(self, message: Message, fds: list[int]) -> None:
         match message:
-            case Granted(OpenIngress(ifindex, slots), used):
-                self._add_ingress(Ingress([socket.socket(fileno=fd) for fd in fds], ifindex, slots, used=used))
+            case Granted(OpenIngress() as what, used):
+                self._add_ingress(Ingress([socket.socket(fileno=fd) for fd in fds], what, used=used))
             case Granted(OpenEgress(output)):
                 self.egress.grant(output, socket.socket(fileno=fds[0]))
-            case Revoked(OpenIngress(ifindex)):
-                self._remove_ingress(ifindex)
+            case Revoked(OpenIngress() as what):
+                self._remove_ingress(what)
             case Revoked(OpenEgress(output)):
                 self.egress.revoke(output)
             case WorkerSetup():
                 os.close(fds[1])
                 self._take_control(fds[0])
+            case FastPath() if fds:
+                maps = Maps(fds, sizes_of(message))
+                self.fast = self.table.fast = fastpath.FastPath(maps, self._number, self.counters)
             case LogLevel(role, level):
                 logs.set_level(role, level, mine=True)
             case Stop():
@@ -173,6 +183,8 @@ class Worker:
             self._filter(ingress)
 
     def _filter(self, ingress: Ingress) -> None:
+        if ingress.what.family:  # control keeps the addresses that its filter looks up
+            return
         ingress.set_filter(*(self.rules.ranges(ingress.ifindex, family) for family in (4, 6)))
 
     def _sync(self) -> None:
@@ -183,15 +195,17 @@ class Worker:
 
     def _count_lost(self, ingress: Ingress) -> None:
         for ring in ingress.rings:
-            lost = np.uint64(ring.lost())
-            self.counters.totals[RECEIVED] += lost
-            self.counters.drops[RING_FULL] += lost
+            lost = ring.lost()
+            self.counters.totals[RECEIVED] += np.uint64(lost)
+            self.counters.drops[RING_FULL] += np.uint64(lost)
+            if self.fast is not None and ingress.what.family:
+                self.fast.handled += lost
 
     # ---- rings -----------------------------------------------------------------------------
 
     def _add_ingress(self, ingress: Ingress) -> None:
-        self._remove_ingress(ingress.ifindex)
-        self.ingress[ingress.ifindex] = ingress
+        self._remove_ingress(ingress.what)
+        self.ingress[ingress.what.ifindex, ingress.what.family] = ingress
         if self._committed:
             self._open_gate(ingress)
 
@@ -202,8 +216,8 @@ class Worker:
             self._poll.register(ring.sock, select.POLLIN)
         self._filter(ingress)
 
-    def _remove_ingress(self, ifindex: int) -> None:
-        ingress = self.ingress.pop(ifindex, None)
+    def _remove_ingress(self, what: OpenIngress) -> None:
+        ingress = self.ingress.pop((what.ifindex, what.family), None)
         if ingress is None:
             return
         self._count_lost(ingress)
@@ -215,6 +229,7 @@ class Worker:
     def _forward(self, ingress: Ingress) -> None:
         """What waits in an interface's rings, a batch at a time."""
         yielded = False
+        fast = self.fast if ingress.what.family else None
         for _ in range(_ROUNDS):
             runs = ingress.ready(MAX_BATCH)
             if not yielded and not self._worth_it(runs):
@@ -222,6 +237,8 @@ class Worker:
                 yielded = True
                 continue
             if not runs:
+                if fast is not None:
+                    fast.drained()
                 return
             yielded = False
             self.table.now += 1
@@ -230,6 +247,8 @@ class Worker:
                 path = self.scalar if count <= SCALAR_MOST or ring is ingress.long else self.vector
                 path.forward(ring, count)
                 ring.release(count)
+                if fast is not None:
+                    fast.handled += count
 
     def _worth_it(self, runs: list[tuple[Ring, int]]) -> bool:
         """Few frames are sent at once, for latency; many make long runs; what lies between can grow first."""
@@ -241,7 +260,7 @@ class Worker:
     def run(self) -> None:
         """Until Stop, or the supervisor's end."""
         while True:
-            ready = dict(self._poll.poll(0 if self.table.kept else _IDLE))
+            ready = self._wait()
             self._pulse.beat()
             self.table.restore(_FLOWS)
             self.pace.keep()
@@ -257,6 +276,18 @@ class Worker:
                     self._forward(ingress)
                     if event & select.POLLERR:
                         ingress.clear_errors()
+
+    def _wait(self) -> dict[int, int]:
+        """Descriptors that are ready, and what for; empty when nothing is for a while."""
+        if self.table.kept:
+            return dict(self._poll.poll(0))
+        if self.fast is None or not self.fast.behind:
+            return dict(self._poll.poll(_IDLE))
+        accepted = self.fast.accepted
+        ready = dict(self._poll.poll(_QUIET))
+        if not ready:
+            self.fast.quiet(accepted)
+        return ready
 
     def _drain(self, channel: Channel, most: int = sys.maxsize) -> None:
         """The messages that wait. Control's end is not ours: rules stay in force until another comes."""

@@ -1,0 +1,149 @@
+"""The kernel's fast path, as control sees it: where each egress socket's datagrams go, and what rules name.
+
+Owns the maps `hops` and `ranges` (bpf/mrelay.h). Called by reconcile (after each pass), main (a next hop changed)
+and stats (what became of the flows). What control can't say of a hop, it leaves to the slow path, whose sends make
+the kernel find out. Nothing here blocks.
+"""
+
+import asyncio
+import ipaddress
+import logging
+import struct
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from mrelay.control.links import Link, LinkTable
+from mrelay.control.routes import Hop, Reached
+from mrelay.ebpf.carry import REASONS
+from mrelay.ebpf.layout import CARRIED, HOP_READY, PASSED
+from mrelay.ebpf.maps import Maps, flow_key
+from mrelay.messages import OpenEgress, PutRule
+from mrelay.model.ruleset import FlowKey
+
+log = logging.getLogger(__name__)
+
+ARPHRD_ETHER: Final = 1  # linux/if_arp.h
+ARPHRD_NONE: Final = 0xFFFE  # WireGuard, tun: no link-layer header, and no neighbours
+GRACE: Final = 0.001  # seconds: a program that runs has read what it needs of a hop long before
+# In place of the groups that an output with `*` keeps: all that counts is which source the kernel would choose.
+ANY_GROUP: Final = {4: "239.0.0.1", 6: "ff0e::1"}
+_HOP: Final = struct.Struct("=III6s6s8x16s")  # struct hop
+_RANGE: Final = struct.Struct("=III16s")  # struct range_key
+_UNREADY: Final = bytes(_HOP.size)
+
+
+def carries(link: Link) -> bool:
+    """Whether the fast path can be at this interface's ingress.
+
+    Not where there is no Ethernet header, and not where a bridge, a bond or a VLAN interface takes frames before
+    the slow path's rings would see what was left to them.
+    """
+    return link.kind == ARPHRD_ETHER and not link.taken
+
+
+def hop_of(egress: OpenEgress, link: Link | None) -> Hop | None:
+    """What must be known of the way to this output; None when nothing must."""
+    if link is None:
+        return None
+    noarp, named = link.noarp or link.loopback, egress.address is None or egress.port is None
+    if egress.address is None:
+        return Hop(egress.ifindex, ANY_GROUP[egress.family], True, True)
+    multicast = ipaddress.ip_address(egress.address).is_multicast
+    return Hop(egress.ifindex, egress.address, noarp or multicast, named) if named or not multicast else None
+
+
+class FastPath:
+    """`follow` and `set_ranges` say what is wanted; `run` brings `hops` up to it."""
+
+    def __init__(self, maps: Maps, links: LinkTable, reached: Mapping[Hop, Reached]) -> None:
+        """`reached` is looked at anew each time."""
+        self._maps, self._links, self._reached = maps, links, reached
+        self._egresses: dict[int, OpenEgress] = {}
+        self._changed = asyncio.Event()
+        self._hops = memoryview(maps.hops).cast("B")
+        self._written: dict[int, bytes] = {}
+        self._ranges = {bytes(key) for key in maps.ranges.keys()}  # a control before us may have left some
+
+    # ---- hops --------------------------------------------------------------------------------
+
+    def follow(self, egresses: Iterable[OpenEgress]) -> None:
+        """These are open."""
+        self._egresses = {egress.output: egress for egress in egresses}
+        self._changed.set()
+
+    def look_again(self) -> None:
+        """A link or a next hop changed."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Keep `hops` true until cancelled."""
+        for number in range(len(self._hops) // _HOP.size):  # a control before us may have left some
+            if self._hops[number * _HOP.size : (number + 1) * _HOP.size] != _UNREADY:
+                self._written[number] = b""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            wanted = {number: self._record(egress) for number, egress in self._egresses.items()}
+            wanted |= dict.fromkeys(self._written.keys() - wanted.keys(), _UNREADY)
+            changed = {n: record for n, record in wanted.items() if record != self._written.get(n, _UNREADY)}
+            if changed:
+                await self._write(changed)
+
+    async def _write(self, changed: dict[int, bytes]) -> None:
+        """Each is unready while it changes, so that no frame meets half of one."""
+        flags = self._maps.hops["flags"]
+        flags[list(changed)] = 0
+        await asyncio.sleep(GRACE)
+        for number, record in changed.items():
+            at = number * _HOP.size
+            self._hops[at + 4 : at + _HOP.size] = record[4:]
+        ready = [number for number, record in changed.items() if record != _UNREADY]
+        flags[ready] = HOP_READY
+        self._written |= {number: changed[number] for number in ready}
+        for number in changed.keys() - set(ready):
+            self._written.pop(number, None)
+
+    def _record(self, egress: OpenEgress) -> bytes:
+        link = self._links.by_name.get(self._links.name(egress.ifindex))
+        if link is None or not link.up or link.loopback or link.kind not in (ARPHRD_ETHER, ARPHRD_NONE):
+            return _UNREADY
+        hop = hop_of(egress, link)
+        found = Reached() if hop is None else self._reached.get(hop)
+        if found is None:
+            return _UNREADY
+        if link.kind == ARPHRD_ETHER and not found.mac and hop is not None and not hop.noarp:
+            return _UNREADY
+        source = ipaddress.ip_address(found.source).packed if found.source else b""
+        mtu = min(link.mtu, found.mtu or link.mtu)
+        return _HOP.pack(HOP_READY, link.ifindex, mtu, found.mac, link.mac, source)
+
+    # ---- ranges ------------------------------------------------------------------------------
+
+    def set_ranges(self, rules: Iterable[PutRule]) -> None:
+        """The slow path's rings let in what these rules, which the workers have by now, name."""
+        wanted = {_range(rule) for rule in rules}
+        for key in wanted - self._ranges:
+            self._maps.ranges.update(key, bytes(4))
+        for key in self._ranges - wanted:
+            self._maps.ranges.delete(key)
+        self._ranges = wanted
+
+    # ---- what became of flows ------------------------------------------------------------------
+
+    def state(self, key: FlowKey) -> str | None:
+        """Why the last frame of a flow took the slow path: empty if it did not, None if it is not installed."""
+        value = self._maps.flows[key.family].lookup(flow_key(key))
+        if value is None:
+            return None
+        state = int.from_bytes(value[-4:], "little")
+        return "" if state >= CARRIED else REASONS[PASSED[state]] if state < len(PASSED) else "?"
+
+    def passed(self) -> dict[str, int]:
+        """Frames that were left to the slow path, by reason."""
+        return dict(zip(PASSED, self._maps.passed.sum(axis=0).tolist(), strict=False))
+
+
+def _range(rule: PutRule) -> bytes:
+    bits = 32 if rule.family == 4 else 128
+    prefix = bits - (rule.group_high - rule.group_low).bit_length()
+    return _RANGE.pack(64 + prefix, rule.ifindex, rule.family, rule.group_low.to_bytes(bits // 8))

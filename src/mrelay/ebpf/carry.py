@@ -1,0 +1,41 @@
+"""Which flows the fast path can carry: the one place that says so.
+
+Pure. Workers install by it; control shows by it why a flow takes the slow path.
+"""
+
+from ipaddress import ip_address
+
+from mrelay.ebpf.layout import PASSED
+from mrelay.model.ruleset import FlowKey, Route, address_text
+
+# What flow.state (bpf/mrelay.h, enum passed) means for people: why its last frame took the slow path.
+REASONS: dict[str, str] = dict(
+    zip(
+        PASSED,
+        (
+            "new to the fast path",
+            "unusual headers",
+            "TTL ran out",
+            "longer than an output's MTU",
+            "an output's next hop is not known",
+            "waiting until the slow path has sent what it holds",
+            "a program on this host listens to it",
+        ),
+        strict=True,
+    )
+)
+
+
+def why_not(key: FlowKey, route: Route) -> str:
+    """Why the fast path can't carry the flow along this route; empty when it can."""
+    if not route.destinations:
+        return "it goes nowhere"
+    if route.limited:
+        return "a rule has a rate"
+    for to in route.destinations:
+        if to.family != key.family:
+            return f"an output is IPv{to.family}, the stream IPv{key.family}"
+        # `*`: which address a unicast input's datagrams go to is only known from them, and so the next hop.
+        if to.address == address_text(key.family, key.group) and not ip_address(to.address).is_multicast:
+            return "an output keeps a unicast address"
+    return ""
