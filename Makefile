@@ -21,7 +21,7 @@ SECONDS ?= 600
 build: $(PROGRAM) ## set up; leaves the program at .venv/bin/mrelay (this is what `make` alone does)
 	@echo "ready: .venv/bin/mrelay"
 
-$(PROGRAM): pyproject.toml requirements.lock scripts/setup.sh
+$(PROGRAM): pyproject.toml setup.py requirements.lock scripts/setup.sh $(wildcard bpf/*)
 	@$(SETUP) venv
 	@touch $@
 
@@ -78,7 +78,7 @@ lock: $(DEV) ## renew requirements.lock and requirements-dev.lock from pyproject
 	$(COMPILE) --build-deps-for editable --extra dev -c requirements.lock -o requirements-dev.lock pyproject.toml
 
 clean: ## remove .venv and everything else that was built
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info src/mrelay/ebpf/*.bpf.o
 	find src tests bench experiments scripts -name __pycache__ -type d -exec rm -rf {} +
 
 help: ## this list

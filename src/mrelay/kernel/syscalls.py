@@ -1,4 +1,4 @@
-"""The numbers of the system calls that a role's filter names. A table; used by seccomp alone.
+"""The numbers of the system calls that a role's filter names, and of bpf(2). A table; for seccomp.py and bpf.py.
 
 x86_64: asm/unistd_64.h. aarch64: asm-generic/unistd.h.
 """
@@ -22,6 +22,7 @@ MACHINES: Final = {
 CALLS: Final[dict[str, tuple[int, int]]] = {
     "accept4": (288, 242),
     "bind": (49, 200),
+    "bpf": (321, 280),
     "brk": (12, 214),
     "clock_gettime": (228, 113),
     "clone": (56, 220),

@@ -1,0 +1,70 @@
+"""The fast path's maps and programs: made and loaded by the supervisor, from the objects in this package.
+
+Owns which object has what, and how their constants are set. What is loaded belongs to the caller, by
+descriptor. Needs libbpf (kernel/libbpf.available), CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON; every function may
+raise OSError. Loading takes some ten milliseconds and may block for as long as the verifier needs.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from mrelay.ebpf.layout import MAPS, Sizes
+from mrelay.kernel.libbpf import Object
+from mrelay.kernel.packet import SHORT
+
+_FOLDER: Final = Path(__file__).parent
+RELAY: Final = "relay"
+RING: Final = "ring"
+
+
+def missing() -> str:
+    """What this installation lacks of the kernel programs; empty when they are there."""
+    lacking = [name for name in (RELAY, RING) if not _path(name).is_file()]
+    return f"built without kernel programs: {', '.join(map(str, map(_path, lacking)))}" if lacking else ""
+
+
+def _path(name: str) -> Path:
+    return _FOLDER / f"{name}.bpf.o"
+
+
+def open_object(name: str) -> Object:
+    """RELAY or RING, not loaded yet."""
+    return Object(_path(name).read_bytes(), f"mrelay_{name}")
+
+
+def create_maps(sizes: Sizes) -> dict[str, int]:
+    """A descriptor of each map, in the order of MAPS; all empty."""
+    with open_object(RELAY) as opened:
+        for name, entries in sizes.entries().items():
+            opened.set_max_entries(name, entries)
+        opened.load(programs=False)
+        return {name: opened.map_fd(name) for name in MAPS}
+
+
+def load_relay(maps: Mapping[str, int], sizes: Sizes) -> int:
+    """The program for tc ingress (libbpf.attach_ingress) over these maps, made with these sizes."""
+    with open_object(RELAY) as opened:
+        opened.set_constants(flows_per_processor=sizes.flows)
+        _load(opened, maps)
+        return opened.program_fd("relay")
+
+
+def load_rings(maps: Mapping[str, int], worker: int) -> tuple[int, int]:
+    """The filters of a worker's rings (libbpf.attach_to): for short frames, and for long ones."""
+    with open_object(RING) as opened:
+        opened.set_constants(worker=worker, short_bytes=SHORT)
+        _load(opened, maps)
+        short = opened.program_fd("ring_short")
+        try:
+            return short, opened.program_fd("ring_long")
+        except BaseException:
+            os.close(short)
+            raise
+
+
+def _load(opened: Object, maps: Mapping[str, int]) -> None:
+    for name in MAPS:
+        opened.reuse(name, maps[name])
+    opened.load()
