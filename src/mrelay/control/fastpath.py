@@ -14,14 +14,15 @@ from typing import Final
 
 from mrelay.control.links import Link, LinkTable
 from mrelay.control.routes import Hop, Reached
-from mrelay.ebpf.carry import REASONS
+from mrelay.ebpf.carry import REASONS, why_not
 from mrelay.ebpf.layout import CARRIED, HOP_READY, PASSED
 from mrelay.ebpf.maps import Maps, flow_key
 from mrelay.messages import OpenEgress, PutRule
-from mrelay.model.ruleset import FlowKey
+from mrelay.model.ruleset import FlowKey, Route
 
 log = logging.getLogger(__name__)
 
+EBPF, URING = "ebpf", "uring"  # the engines
 ARPHRD_ETHER: Final = 1  # linux/if_arp.h
 ARPHRD_NONE: Final = 0xFFFE  # WireGuard, tun: no link-layer header, and no neighbours
 GRACE: Final = 0.001  # seconds: a program that runs has read what it needs of a hop long before
@@ -60,9 +61,9 @@ class FastPath:
         self._maps, self._links, self._reached = maps, links, reached
         self._egresses: dict[int, OpenEgress] = {}
         self._changed = asyncio.Event()
-        self._hops = memoryview(maps.hops).cast("B")
+        self._hops = maps.hops.data.cast("B")
         self._written: dict[int, bytes] = {}
-        self._ranges = {bytes(key) for key in maps.ranges.keys()}  # a control before us may have left some
+        self._ranges = {bytes(key) for key in maps.ranges.keys()}  # noqa  # a control before us may have left some
 
     # ---- hops --------------------------------------------------------------------------------
 
@@ -130,17 +131,36 @@ class FastPath:
 
     # ---- what became of flows ------------------------------------------------------------------
 
-    def state(self, key: FlowKey) -> str | None:
-        """Why the last frame of a flow took the slow path: empty if it did not, None if it is not installed."""
-        value = self._maps.flows[key.family].lookup(flow_key(key))
-        if value is None:
-            return None
-        state = int.from_bytes(value[-4:], "little")
-        return "" if state >= CARRIED else REASONS[PASSED[state]] if state < len(PASSED) else "?"
+    def states(self) -> dict[bytes, int]:
+        """What became of the last frame of each installed flow (struct flow, `state`). May be called in a thread."""
+        found: dict[bytes, int] = {}
+        for family in (4, 6):
+            keys, values = self._maps.all_flows(family)
+            found |= zip((key.tobytes() for key in keys), values["state"].tolist(), strict=True)
+        return found
+
+    def carries(self, ifindex: int) -> bool:
+        """Whether it can be at this interface's ingress."""
+        link = self._links.by_name.get(self._links.name(ifindex))
+        return link is not None and carries(link)
 
     def passed(self) -> dict[str, int]:
         """Frames that were left to the slow path, by reason."""
         return dict(zip(PASSED, self._maps.passed.sum(axis=0).tolist(), strict=False))
+
+
+def engine_of(key: FlowKey, route: Route, states: Mapping[bytes, int] | None, at_ingress: bool) -> tuple[str, str]:
+    """Which engine carries a flow, and why not the faster one. `states` is None where there is no fast path."""
+    if states is None:
+        return URING, ""
+    state = states.get(flow_key(key))
+    if state == CARRIED:
+        return EBPF, ""
+    if state is not None:
+        return URING, REASONS[PASSED[state]] if state < len(PASSED) else f"state {state}"
+    if not at_ingress:
+        return URING, "its interface has no Ethernet, or is part of a bridge or bond, or has VLAN interfaces"
+    return URING, why_not(key, route) or "there is no room in the fast path"
 
 
 def _range(rule: PutRule) -> bytes:

@@ -16,7 +16,7 @@ from mrelay import logs
 from mrelay.child import confine, settle
 from mrelay.control import preload  # noqa: F401  for its effect
 from mrelay.control.api import Server, create_app
-from mrelay.control.fastpath import FastPath
+from mrelay.control.fastpath import EBPF, URING, FastPath
 from mrelay.control.links import LinkTable, LinkWatcher
 from mrelay.control.peers import Access
 from mrelay.control.proc import start_time
@@ -178,9 +178,11 @@ class Control:
         sampler = Sampler(self.workers)
         self._spawn(sampler.run())
         self._spawn(_flush_logs())
-        stats = Stats(self.workers, book, links, self._reconciler, sampler)
+        stats = Stats(self.workers, book, links, self._reconciler, sampler, fast)
         host = Host(self._supervisor_started, self._landlock)
-        self._relay = Relay(book, self._reconciler, self.workers, stats, host, self.supervisor)
+        self._relay = Relay(
+            book, self._reconciler, self.workers, stats, host, self.supervisor, URING if fast is None else EBPF
+        )
         await self._reconciler.settled()
         await self._serve_api(self._relay, int(relay.socket_mode, 8), relay.socket_group)
         self._relay.ready = True
@@ -235,7 +237,9 @@ class Control:
         """The fast path, if there is one. RequestFailed when there is none and the engine must be it."""
         if self._maps is None:
             if engine == "ebpf":
-                raise RequestFailed(0, f'engine = "ebpf": {self._no_fast_path}', 'set engine = "auto" to do without')
+                raise RequestFailed(
+                    0, f'engine = "ebpf": {self._no_fast_path}', 'set engine = "auto" to do without'
+                )
             if engine == "auto":
                 log.warning("no kernel fast path: %s; forwarding in user space", self._no_fast_path)
             return None

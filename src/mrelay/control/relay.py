@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from mrelay import __version__, logs
 from mrelay.control.reconcile import Reconciler
 from mrelay.control.rulebook import Rulebook, difference, merge
-from mrelay.control.stats import ENGINE, Stats
+from mrelay.control.stats import Stats
 from mrelay.control.supervisor import Supervisor
 from mrelay.control.want import STARTING, RulePlan, output_state, rule_state
 from mrelay.control.workers import Workers
@@ -53,7 +53,9 @@ class Relay:
         stats: Stats,
         host: Host,
         supervisor: Supervisor,
+        engine: str,
     ) -> None:
+        self._engine = engine
         self._book, self._reconciler, self._workers = book, reconciler, workers
         self.stats, self._host, self._supervisor = stats, host, supervisor
         self.ready = False
@@ -65,7 +67,7 @@ class Relay:
             "ready": self.ready,
             "version": __version__,
             "pid": os.getppid(),
-            "engine": ENGINE,
+            "engine": self._engine,
             "egress": "io_uring" if kinds == {"io_uring"} else "sendmmsg",
             "uptime": round(time.clock_gettime(time.CLOCK_BOOTTIME) - self._host.supervisor_started, 1),
             "landlock": self._host.landlock,

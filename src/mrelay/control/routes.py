@@ -71,7 +71,9 @@ class NextHops:
     neighbour (ifindex, address) on the way to one that has not been heard of for a while.
     """
 
-    def __init__(self, on_change: Callable[[], None], on_stale: Callable[[int, str], None] = lambda *_: None) -> None:
+    def __init__(
+        self, on_change: Callable[[], None], on_stale: Callable[[int, str], None] = lambda *_: None
+    ) -> None:
         self.problems: dict[Hop, str] = {}
         self.reached: dict[Hop, Reached] = {}
         self._on_change, self._on_stale = on_change, on_stale

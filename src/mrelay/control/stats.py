@@ -12,6 +12,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from mrelay.control.fastpath import FastPath, engine_of
 from mrelay.control.links import LinkTable
 from mrelay.control.reconcile import Reconciler
 from mrelay.control.rulebook import Rulebook
@@ -24,7 +25,6 @@ from mrelay.counters_size import MAX_LINKS, MAX_RULES
 from mrelay.model.rule import Rule
 from mrelay.model.ruleset import FlowKey, RuleSet, address_text
 
-ENGINE = "uring"  # the only one there is in this version
 NOTHING: Final = (0,) * (2 + len(DROP_REASONS))
 SHAPES: Final = {"rules": (2, MAX_RULES), "links": (3, MAX_LINKS)}
 SETTLE_TRIES = 20
@@ -39,8 +39,15 @@ class Stats:
     """The views. Counts are of datagrams and of UDP payload bytes; bps is bits per second."""
 
     def __init__(
-        self, workers: Workers, book: Rulebook, links: LinkTable, reconciler: Reconciler, sampler: Sampler
+        self,
+        workers: Workers,
+        book: Rulebook,
+        links: LinkTable,
+        reconciler: Reconciler,
+        sampler: Sampler,
+        fast: FastPath | None = None,
     ) -> None:
+        self._fast = fast
         self._workers, self._book, self._links = workers, book, links
         self._reconciler, self._sampler = reconciler, sampler
 
@@ -74,7 +81,7 @@ class Stats:
         await self._workers.sync()
         tables = {number: flow_table(worker) for number, worker in self._workers.by_number.items()}
         rates = {number: self._sampler.flows(number, table) for number, table in tables.items()}
-        return {"flows": await asyncio.to_thread(_flows, tables, rates, self._names())}
+        return {"flows": await asyncio.to_thread(_flows, tables, rates, self._names(), self._fast)}
 
     def _names(self) -> "Names":
         slots = self._book.slots
@@ -171,9 +178,12 @@ class Names:
     interface: Callable[[int], str]
 
 
-def _flows(tables: dict[int, FlowTable], rates: dict[int, NDArray[np.float64]], names: Names) -> list[Table]:
+def _flows(
+    tables: dict[int, FlowTable], rates: dict[int, NDArray[np.float64]], names: Names, fast: FastPath | None
+) -> list[Table]:
+    states = None if fast is None else fast.states()
     flows = [
-        _flow(worker, flow_key(key), numbers, names)
+        _flow(worker, flow_key(key), numbers, names) | _engine(flow_key(key), names, states, fast)
         for worker, table in tables.items()
         for key, *numbers in zip(
             table.keys.T.tolist(), *table.counts.tolist(), *rates[worker].tolist(), strict=True
@@ -193,7 +203,6 @@ def _flow(worker: int, flow: FlowKey, numbers: list[float], names: Names) -> Tab
         "group": address_text(flow.family, flow.group),
         "port": flow.port,
         "worker": worker,
-        "engine": ENGINE,
         "packets": packets,
         "bytes": octets,
         "pps": round(pps, 1),
@@ -201,6 +210,12 @@ def _flow(worker: int, flow: FlowKey, numbers: list[float], names: Names) -> Tab
         "rules": [names.rule[slot] for slot in route.rules if slot in names.rule],
         "outputs": [names.output[link] for link in links if link in names.output],
     }
+
+
+def _engine(key: FlowKey, names: Names, states: dict[bytes, int] | None, fast: FastPath | None) -> Table:
+    at_ingress = fast is not None and fast.carries(key.ifindex)
+    engine, why = engine_of(key, names.rules.resolve(key), states, at_ingress)
+    return {"engine": engine, "why": why}
 
 
 def flow_key(words: list[int]) -> FlowKey:

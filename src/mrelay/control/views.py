@@ -59,7 +59,8 @@ class Flow(BaseModel):
     group: str
     port: int
     worker: int
-    engine: str
+    engine: Literal["ebpf", "uring"]
+    why: str
     packets: int
     bytes: int
     pps: float

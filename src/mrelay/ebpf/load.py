@@ -21,17 +21,17 @@ RING: Final = "ring"
 
 def missing() -> str:
     """What this installation lacks of the kernel programs; empty when they are there."""
-    lacking = [name for name in (RELAY, RING) if not _path(name).is_file()]
-    return f"built without kernel programs: {', '.join(map(str, map(_path, lacking)))}" if lacking else ""
+    lacking = [name for name in (RELAY, RING) if not path(name).is_file()]
+    return f"built without kernel programs: {', '.join(map(str, map(path, lacking)))}" if lacking else ""
 
 
-def _path(name: str) -> Path:
+def path(name: str) -> Path:
     return _FOLDER / f"{name}.bpf.o"
 
 
 def open_object(name: str) -> Object:
     """RELAY or RING, not loaded yet."""
-    return Object(_path(name).read_bytes(), f"mrelay_{name}")
+    return Object(path(name).read_bytes(), f"mrelay_{name}")
 
 
 def create_maps(sizes: Sizes) -> dict[str, int]:

@@ -20,6 +20,7 @@ BPF_MAP_LOOKUP_ELEM: Final = 1
 BPF_MAP_UPDATE_ELEM: Final = 2
 BPF_MAP_DELETE_ELEM: Final = 3
 BPF_MAP_GET_NEXT_KEY: Final = 4
+BPF_MAP_LOOKUP_BATCH: Final = 24
 BPF_ANY: Final = 0  # flags of update
 BPF_NOEXIST: Final = 1
 BPF_EXIST: Final = 2
@@ -43,6 +44,21 @@ class _Attr(ctypes.Structure):
     )
 
 
+class _BatchAttr(ctypes.Structure):
+    """union bpf_attr of BPF_MAP_LOOKUP_BATCH."""
+
+    _fields_ = (
+        ("in_batch", ctypes.c_uint64),
+        ("out_batch", ctypes.c_uint64),
+        ("keys", ctypes.c_uint64),
+        ("values", ctypes.c_uint64),
+        ("count", ctypes.c_uint32),
+        ("map_fd", ctypes.c_uint32),
+        ("elem_flags", ctypes.c_uint64),
+        ("flags", ctypes.c_uint64),
+    )
+
+
 class Map:
     """A map by its descriptor, which the caller keeps open. Keys and values are bytes of the map's sizes."""
 
@@ -55,9 +71,9 @@ class Map:
         self._next = _Attr(fd, 0, key, key, 0)  # the kernel copies the key before it writes the next one
         self._at, self._next_at = ctypes.addressof(self._attr), ctypes.addressof(self._next)
 
-    def _call(self, command: int, at: int) -> bool:
+    def _call(self, command: int, at: int, size: int = 32) -> bool:
         """False for ENOENT; OSError for anything else that goes wrong."""
-        if _syscall(_SYS_BPF, command, at, 32) == 0:
+        if _syscall(_SYS_BPF, command, at, size) == 0:
             return True
         if (code := ctypes.get_errno()) == errno.ENOENT:
             return False
@@ -93,6 +109,22 @@ class Map:
         self._attr.flags = 0
         return bytes(self._value) if self._call(BPF_MAP_LOOKUP_ELEM, self._at) else None
 
+    def dump(self, entries: int) -> tuple[bytes, bytes]:
+        """Copies of all keys, and of all values, of a hash map that holds `entries` at most."""
+        keys = (ctypes.c_char * (entries * self.key_size))()
+        values = (ctypes.c_char * (entries * self.value_size))()
+        at = ctypes.c_uint64()  # of a hash: a bucket's number
+        attr = _BatchAttr(map_fd=self.fd, out_batch=ctypes.addressof(at))
+        found, more = 0, True
+        while more and found < entries:
+            attr.keys = ctypes.addressof(keys) + found * self.key_size
+            attr.values = ctypes.addressof(values) + found * self.value_size
+            attr.count = entries - found
+            more = self._call(BPF_MAP_LOOKUP_BATCH, ctypes.addressof(attr), ctypes.sizeof(attr))
+            found += attr.count  # also of the last call, which says ENOENT
+            attr.in_batch = attr.out_batch
+        return keys.raw[: found * self.key_size], values.raw[: found * self.value_size]
+
     def keys(self) -> Iterator[bytes]:
         """All keys. Elements that are removed meanwhile may start the walk anew: a key may come twice."""
         self._next.key = 0
@@ -107,7 +139,7 @@ class Map:
             yield key
 
 
-def map_memory(fd: int, size: int, *, writable: bool) -> mmap.mmap:
+def map_memory(fd: int, size: int, *, writable: bool = True) -> mmap.mmap:
     """The values of an array made with BPF_F_MMAPABLE, shared with the kernel: `size` bytes, whole pages.
 
     OSError: EPERM for a descriptor or map that can't be written.

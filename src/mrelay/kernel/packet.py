@@ -9,8 +9,8 @@ import socket
 import struct
 from typing import Final
 
-from mrelay.kernel.bpf import attach_filter
 from mrelay.kernel.cbpf import DROP_ALL, attach
+from mrelay.kernel.libbpf import attach_to
 
 SOL_PACKET: Final = 263  # linux/socket.h
 ETH_P_ALL: Final = 0x0003  # linux/if_ether.h
@@ -79,7 +79,7 @@ def open_ring(
         if program is None:
             attach(sock, DROP_ALL)
         else:
-            attach_filter(sock, program)
+            attach_to(sock, program, lock=True)
         for option, value in (
             (PACKET_VERSION, TPACKET_V2),
             (PACKET_VNET_HDR, 1),

@@ -17,7 +17,7 @@ import socket
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-from mrelay.kernel import cbpf, udp
+from mrelay.kernel import bpf, cbpf, udp
 from mrelay.kernel.caps import PR_SET_NO_NEW_PRIVS, prctl
 from mrelay.kernel.syscalls import CALLS, MACHINES
 
@@ -70,6 +70,19 @@ _BOTH: Final[Allowed] = {
     **_plainly("sched_yield", "fstat", "gettid", "getrandom", "lseek"),
     "fcntl": (Guard(1, (F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC)),),
     "ioctl": (Guard(1, (FIONBIO,)),),
+    # elements of the fast path's maps, whose descriptors they were given
+    "bpf": (
+        Guard(
+            0,
+            (
+                bpf.BPF_MAP_LOOKUP_ELEM,
+                bpf.BPF_MAP_UPDATE_ELEM,
+                bpf.BPF_MAP_DELETE_ELEM,
+                bpf.BPF_MAP_GET_NEXT_KEY,
+                bpf.BPF_MAP_LOOKUP_BATCH,
+            ),
+        ),
+    ),
     "mmap": _NO_CODE,
     "mprotect": _NO_CODE,
 }

@@ -49,6 +49,7 @@ from mrelay.messages import (
 )
 from mrelay.supervisor.backoff import CAP
 from mrelay.supervisor.children import OUTDATED, Child, ControlChild, Process, WorkerChild, end_all
+from mrelay.supervisor.fastpath import pin_folder
 from mrelay.supervisor.host import clear_path, find_group, find_users, listen_at, open_state_dir
 from mrelay.supervisor.resources import Refused, Resources, probe_neighbour
 from mrelay.supervisor.service import Service
@@ -61,7 +62,10 @@ EX_CONFIG: Final = 78  # sysexits.h
 _NEEDED: Final = (caps.CAP_NET_RAW, caps.CAP_NET_ADMIN, caps.CAP_SETUID, caps.CAP_SETGID, caps.CAP_KILL)
 # Kept if we have them: for unicast inputs below port 1024, paths and groups that are not ours, and so that
 # children can empty their bounding sets.
-_USEFUL: Final = (caps.CAP_NET_BIND_SERVICE, caps.CAP_CHOWN, caps.CAP_DAC_OVERRIDE, caps.CAP_SETPCAP)
+_USEFUL: Final = (
+    *(caps.CAP_NET_BIND_SERVICE, caps.CAP_CHOWN, caps.CAP_DAC_OVERRIDE, caps.CAP_SETPCAP),
+    *(caps.CAP_BPF, caps.CAP_PERFMON),  # for the kernel's fast path
+)
 _STOP_SECONDS: Final = 5.0
 _SPARE_AFTER: Final = 0.5  # seconds after a start, which needs the processor more
 _MAX_FLOWS: Final = 1 << 20
@@ -73,7 +77,7 @@ class Supervisor:
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
         user, self._worker_user = find_users(options["user"], options["worker_user"])
-        self._resources = Resources()
+        self._resources = Resources(pin_folder(options["socket"]))
         self._resources.adopt()
         self._listener: socket.socket | None = None
         self._listens: tuple[int, str | None] | None = None  # the mode and group that were asked for
@@ -293,6 +297,7 @@ class Supervisor:
             self._spare.due = time.monotonic() + _SPARE_AFTER
         self._control.works()
         self._resources.leave_unclaimed()
+        self._resources.fast.leave_unclaimed()
         self._service.announce(status)
 
     def _set_log_level(self, role: str, level: str) -> None:
@@ -379,6 +384,7 @@ class Supervisor:
         end_all([self._control], Stop(), _STOP_SECONDS)
         self._resources.close_all()
         end_all([*self._workers, self._spare], Stop(), _STOP_SECONDS)
+        self._resources.fast.end(keep=False)
         if self._listener is not None:
             self._listener.close()
             os.unlink(self._options["socket"])

@@ -64,13 +64,14 @@ class Opened:
 class Resources:
     """Everything open, by the request that asked for it. `workers`: how many copies a socket needs."""
 
-    def __init__(self) -> None:
+    def __init__(self, pins: Path | None = None) -> None:
+        """`pins`: where the fast path is pinned, if anywhere."""
         self.held: dict[Resource, Opened] = {}
         self._count = dict.fromkeys(_MOST, 0)
         self.workers = 0
         self._joins: dict[int, MembershipPool] = {}
         self._unicast = UnicastPool()
-        self.fast = FastPath()
+        self.fast = FastPath(pins)
 
     def open(self, what: Resource) -> Opened:
         """Open it, or return what is open already. OSError and Refused leave nothing behind."""
@@ -148,7 +149,9 @@ class Resources:
         _interface(what.ifindex)
         _require(what.slots in _SLOTS, f"{what.slots} slots: not a power of two from 256 to 65536")
         _require(what.family in packet.PROTOCOLS, f"family {what.family}")
-        here = {held.family for held in self.held if isinstance(held, OpenIngress) and held.ifindex == what.ifindex}
+        here = {
+            held.family for held in self.held if isinstance(held, OpenIngress) and held.ifindex == what.ifindex
+        }
         _require(not here or 0 not in {*here, what.family}, f"interface {what.ifindex} has its rings already")
         _require(what.family not in here, f"interface {what.ifindex} has such rings already")
         _require(self.workers > 0, "no worker was started yet")

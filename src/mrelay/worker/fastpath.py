@@ -81,7 +81,9 @@ class FastPath:
             if entry.index not in self._entries:
                 self._write_output(entry)
         start, self._end = self._route_base + self._end, end
-        self._maps.route[start : start + len(indices)] = np.array(indices, np.uint64) + np.uint64(self._output_base)
+        self._maps.route[start : start + len(indices)] = np.array(indices, np.uint64) + np.uint64(
+            self._output_base
+        )
         return start, len(indices)
 
     def _write_output(self, entry: Entry) -> None:
@@ -190,7 +192,8 @@ class FastPath:
         used = len(self._entries) and max(self._entries) + 1
         now = self._maps.outputs["errors"][self._output_base : self._output_base + used]
         found = [
-            (self._entries[at], int(now[at] - self._errors[at])) for at in np.flatnonzero(now != self._errors[:used])
+            (self._entries[at], int(now[at] - self._errors[at]))
+            for at in np.flatnonzero(now != self._errors[:used])
         ]
         self._errors[:used] = now
         return found

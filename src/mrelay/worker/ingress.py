@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mrelay.kernel.cbpf import SKF_NET_OFF, attach_group_filter, only_longer
-from mrelay.messages import OpenIngress
 from mrelay.kernel.packet import (
     L3_OFFSET,
     LONG_SLOT,
@@ -28,6 +27,7 @@ from mrelay.kernel.packet import (
     map_ring,
     ring_drops,
 )
+from mrelay.messages import OpenIngress
 
 ARPHRD_ETHER, ARPHRD_LOOPBACK = 1, 772  # linux/if_arp.h
 _SEC, _NSEC = 4, 5  # 32-bit words of struct tpacket2_hdr

@@ -41,8 +41,8 @@ from mrelay.messages import (
 )
 from mrelay.model.ruleset import RuleSet
 from mrelay.pulse import INTERVAL, Pulse
-from mrelay.worker.egress import Egress
 from mrelay.worker import fastpath
+from mrelay.worker.egress import Egress
 from mrelay.worker.failures import Failures
 from mrelay.worker.flows import FlowTable
 from mrelay.worker.ingress import Ingress, Ring
