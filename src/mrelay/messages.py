@@ -388,9 +388,9 @@ class Synced:
 
 Message = (
     Status | LogLevel
-    | Grant | Release | Listen | StartWorkers | Ready | ProbeNeighbour | Done | Listening | Failed | Setup | Held | WorkerUp
-    | FastPath | WorkerDown | Reload | WorkerSetup | Granted | Revoked | Stop | PutRule | DropRule | Commit
-    | Committed | Sync | Synced
+    | Grant | Release | Listen | StartWorkers | ProbeNeighbour | Ready | Done | Listening | Failed | Setup | Held
+    | WorkerUp | FastPath | WorkerDown | Reload | WorkerSetup | Granted | Revoked | Stop | PutRule | DropRule
+    | Commit | Committed | Sync | Synced
 )  # fmt: skip
 
 _CLASSES: Final[dict[str, type]] = {

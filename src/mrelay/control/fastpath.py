@@ -132,7 +132,7 @@ class FastPath:
     # ---- what became of flows ------------------------------------------------------------------
 
     def states(self) -> dict[bytes, int]:
-        """What became of the last frame of each installed flow (struct flow, `state`). May be called in a thread."""
+        """What became of the last frame of each installed flow (struct flow, `state`). For threads, too."""
         found: dict[bytes, int] = {}
         for family in (4, 6):
             keys, values = self._maps.all_flows(family)

@@ -2,10 +2,10 @@
 
 Owns a netlink socket that hears of routes and neighbours, open only while there are such outputs. An event
 only says "look again"; when a route changed, each output's is asked for by itself, for a router may have a
-million. A storm of events costs a bounded share of a core, since the pause between two looks grows with what a look
-takes. `problems` are only shown: sends of the slow path go on, and are what makes the kernel resolve a neighbour.
-`reached` is where the fast path sends. Called by main and reconcile. Unprivileged; blocks the event loop no longer
-than parsing an answer takes.
+million. A storm of events costs a bounded share of a core, since the pause between two looks grows with what a
+look takes. `problems` are only shown: sends of the slow path go on, and are what makes the kernel resolve a
+neighbour. `reached` is where the fast path sends. Called by main and reconcile. Unprivileged; blocks the event
+loop no longer than parsing an answer takes.
 """
 
 import asyncio
@@ -202,7 +202,7 @@ async def _route(netlink: AsyncIPRoute, hop: Hop) -> Route | None:
         (route,) = await netlink.route("get", dst=hop.address, oif=hop.ifindex, flags=RTM_F_FIB_MATCH)
     except NetlinkError:
         return None
-    return route
+    return dict(route)
 
 
 async def _source(netlink: AsyncIPRoute, hop: Hop) -> str:

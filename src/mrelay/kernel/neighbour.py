@@ -1,6 +1,7 @@
 """Neighbours by rtnetlink: having the kernel find out whether one is still there.
 
-Owns the one message it takes (linux/neighbour.h). Needs CAP_NET_ADMIN; called by the supervisor. Nothing here blocks.
+Owns the one message it takes (linux/neighbour.h). Needs CAP_NET_ADMIN; called by the supervisor. Nothing here
+blocks.
 """
 
 import ipaddress

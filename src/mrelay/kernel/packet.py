@@ -69,10 +69,10 @@ def open_ring(
     """A bound TPACKET_V2 ring of `slots` slots of `slot` bytes (SLOT or LONG_SLOT).
 
     ETH_P_ALL gets frames before tc does, ETH_P_IP and ETH_P_IPV6 what tc passed on. `program`: an eBPF filter's
-    descriptor; with none it lets nothing in until its owner attaches a filter. `fanout` is the id of the ring's PACKET_FANOUT
-    group, None to found one; the id is returned. The group is what makes the kernel put fragments together;
-    `shared` between workers it spreads flows by hash, which costs a look into each packet. OSError as the
-    kernel says it.
+    descriptor; with none it lets nothing in until its owner attaches a filter. `fanout` is the id of the ring's
+    PACKET_FANOUT group, None to found one; the id is returned. The group is what makes the kernel put fragments
+    together; `shared` between workers it spreads flows by hash, which costs a look into each packet. OSError as
+    the kernel says it.
     """
     sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
     try:

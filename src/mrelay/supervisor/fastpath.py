@@ -1,9 +1,9 @@
-"""The kernel's fast path: its programs and maps, where they are attached, and what of them outlives this process.
+"""The kernel's fast path: its programs and maps, where they are attached, and what of them outlives us.
 
-Owns the descriptors of all of it, and the pins: where the BPF file system is mounted, maps and links are pinned, so
-that forwarding goes on when every process of the relay is gone, and the next relay takes it over. Maps that were
-made by programs of another version, or for other sizes, are replaced. Called by resources and main; loading blocks
-for some ten milliseconds.
+Owns the descriptors of all of it, and the pins: where the BPF file system is mounted, maps and links are pinned,
+so that forwarding goes on when every process of the relay is gone, and the next relay takes it over. Maps that
+were made by programs of another version, or for other sizes, are replaced. Called by resources and main; loading
+blocks for some ten milliseconds.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _LINK: Final = "link-"  # and an ifindex
 
 
 class FastPath:
-    """`maps`: descriptors by name, none before `start`, or where there is no fast path: then `problem` says why."""
+    """`maps`: descriptors by name; none before `start`, or where there is no fast path, and `problem` says why."""
 
     def __init__(self, folder: Path | None = None) -> None:
         """`folder`: of the pins; None to pin nothing."""
@@ -207,7 +207,7 @@ class FastPath:
 
 
 def pin_folder(socket_path: str, base: Path = BPFFS) -> Path | None:
-    """Where the relay of this API socket, in this network namespace, has its pins; None without a BPF file system."""
+    """Where the relay of this API socket has its pins, in this network namespace; None without a bpffs."""
     if not os.path.ismount(base):
         return None
     network = os.stat("/proc/self/ns/net").st_ino

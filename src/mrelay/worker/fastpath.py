@@ -190,13 +190,10 @@ class FastPath:
     def refused(self) -> list[tuple[Entry, int]]:
         """Entries to which sends failed since the last call, and how many datagrams."""
         used = len(self._entries) and max(self._entries) + 1
-        now = self._maps.outputs["errors"][self._output_base : self._output_base + used]
-        found = [
-            (self._entries[at], int(now[at] - self._errors[at]))
-            for at in np.flatnonzero(now != self._errors[:used])
-        ]
+        now = self._maps.outputs["errors"][self._output_base : self._output_base + used].copy()
+        fresh = now - self._errors[:used]
         self._errors[:used] = now
-        return found
+        return [(self._entries[at], int(fresh[at])) for at in np.flatnonzero(fresh).tolist()]
 
     # ---- how far the slow path is ----------------------------------------------------------
 
