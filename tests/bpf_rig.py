@@ -111,7 +111,7 @@ class FastPath:
         value = struct.pack("<QIIIIII", tail, worker, slot, 0, len(outputs), 0, 0)
         self.flows[4 if len(flow) == 16 else 6].update(flow, value)
 
-    def flow(self, flow: bytes) -> np.void:
+    def flow(self, flow: bytes) -> Any:
         """What is installed under a key, as it is now."""
         value = self.flows[4 if len(flow) == 16 else 6].lookup(flow)
         assert value is not None

@@ -43,6 +43,9 @@ class _Attr(ctypes.Structure):
     )
 
 
+_LENGTHS: Final = {BPF_MAP_DELETE_ELEM: _Attr.value.offset}
+
+
 class Map:
     """A map by its descriptor, which the caller keeps open. Keys and values are bytes of the map's sizes."""
 
@@ -57,7 +60,8 @@ class Map:
 
     def _call(self, command: int, at: int) -> bool:
         """False for ENOENT; OSError for anything else that goes wrong."""
-        if _syscall(_SYS_BPF, command, at, 32) == 0:
+        # What lies behind a command's own members must be zero: the kernel is told how far they reach.
+        if _syscall(_SYS_BPF, command, at, _LENGTHS.get(command, ctypes.sizeof(_Attr))) == 0:
             return True
         if (code := ctypes.get_errno()) == errno.ENOENT:
             return False
@@ -84,7 +88,6 @@ class Map:
     def delete(self, key: bytes) -> bool:
         """False if it was not there."""
         self._set_key(key)
-        self._attr.flags = 0
         return self._call(BPF_MAP_DELETE_ELEM, self._at)
 
     def lookup(self, key: bytes) -> bytes | None:
