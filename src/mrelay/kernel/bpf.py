@@ -59,6 +59,10 @@ class _BatchAttr(ctypes.Structure):
     )
 
 
+# What lies behind a command's own members must be zero: the kernel is told how far they reach.
+_LENGTHS: Final = {BPF_MAP_DELETE_ELEM: _Attr.value.offset, BPF_MAP_LOOKUP_BATCH: ctypes.sizeof(_BatchAttr)}
+
+
 class Map:
     """A map by its descriptor, which the caller keeps open. Keys and values are bytes of the map's sizes."""
 
@@ -71,9 +75,9 @@ class Map:
         self._next = _Attr(fd, 0, key, key, 0)  # the kernel copies the key before it writes the next one
         self._at, self._next_at = ctypes.addressof(self._attr), ctypes.addressof(self._next)
 
-    def _call(self, command: int, at: int, size: int = 32) -> bool:
+    def _call(self, command: int, at: int) -> bool:
         """False for ENOENT; OSError for anything else that goes wrong."""
-        if _syscall(_SYS_BPF, command, at, size) == 0:
+        if _syscall(_SYS_BPF, command, at, _LENGTHS.get(command, ctypes.sizeof(_Attr))) == 0:
             return True
         if (code := ctypes.get_errno()) == errno.ENOENT:
             return False
@@ -100,7 +104,6 @@ class Map:
     def delete(self, key: bytes) -> bool:
         """False if it was not there."""
         self._set_key(key)
-        self._attr.flags = 0
         return self._call(BPF_MAP_DELETE_ELEM, self._at)
 
     def lookup(self, key: bytes) -> bytes | None:
@@ -120,7 +123,7 @@ class Map:
             attr.keys = ctypes.addressof(keys) + found * self.key_size
             attr.values = ctypes.addressof(values) + found * self.value_size
             attr.count = entries - found
-            more = self._call(BPF_MAP_LOOKUP_BATCH, ctypes.addressof(attr), ctypes.sizeof(attr))
+            more = self._call(BPF_MAP_LOOKUP_BATCH, ctypes.addressof(attr))
             found += attr.count  # also of the last call, which says ENOENT
             attr.in_batch = attr.out_batch
         return keys.raw[: found * self.key_size], values.raw[: found * self.value_size]
