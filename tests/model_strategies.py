@@ -96,7 +96,7 @@ def configs(draw: st.DrawFn) -> Config:
     """A whole config."""
     cores = st.lists(st.integers(0, 63), min_size=1, max_size=4, unique=True)
     relay = {
-        "engine": st.sampled_from(["auto", "uring"]),
+        "engine": st.sampled_from(["auto", "ebpf", "uring"]),
         "workers": st.just("auto") | st.integers(1, 64) | cores,
         "gro": st.just("auto") | st.booleans(),
         "socket_mode": st.sampled_from(["0600", "0666", "640"]),

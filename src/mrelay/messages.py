@@ -162,6 +162,13 @@ class ProbeNeighbour:
 
 
 @dataclass(frozen=True, slots=True)
+class Quit:
+    """Control to supervisor: a client stops the relay. `keep`: what the fast path carries goes on."""
+
+    keep: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """Supervisor to control: request `id` is carried out."""
 
@@ -388,7 +395,8 @@ class Synced:
 
 Message = (
     Status | LogLevel
-    | Grant | Release | Listen | StartWorkers | ProbeNeighbour | Ready | Done | Listening | Failed | Setup | Held
+    | Grant | Release | Listen | StartWorkers | ProbeNeighbour | Quit | Ready | Done | Listening | Failed | Setup
+    | Held
     | WorkerUp | FastPath | WorkerDown | Reload | WorkerSetup | Granted | Revoked | Stop | PutRule | DropRule
     | Commit | Committed | Sync | Synced
 )  # fmt: skip

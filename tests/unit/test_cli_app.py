@@ -49,7 +49,7 @@ def test_version(run: Run) -> None:
         (["flows", "--every", "0"], "--every"),
         (["run", "--workers", "many"], "'many' is not auto, a number of workers, or a list of cores"),
         (["run", "--workers", "0"], "a relay needs at least 1 worker"),
-        (["run", "--engine", "ebpf"], "ebpf"),
+        (["run", "--engine", "dpdk"], "ebpf"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_2(run: Run, arguments: list[str], says: str) -> None:
@@ -116,6 +116,7 @@ def test_run_becomes_the_supervisor(
         "workers": [0, 2],
         "socket": str(tmp_path / "c.sock"),
         "state_dir": str(tmp_path / "state"),
+        "pin_dir": "/sys/fs/bpf",
         "user": "nobody",
         "worker_user": "daemon",
         "log_format": "text",
@@ -138,6 +139,7 @@ def test_run_by_default(run: Run, executed: Callable[[], list[str]], monkeypatch
         "workers": None,
         "socket": "/run/mrelay/control.sock",
         "state_dir": "/var/lib/mrelay",
+        "pin_dir": "/sys/fs/bpf",
         "user": None,
         "worker_user": None,
         "log_format": "text",

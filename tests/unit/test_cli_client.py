@@ -40,6 +40,7 @@ FLOW = {
     "port": 5000,
     "worker": 0,
     "engine": "uring",
+    "why": "a rule has a rate",
     "packets": 1234567,
     "bytes": 1234567000,
     "pps": 62_000.0,

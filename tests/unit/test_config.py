@@ -88,7 +88,6 @@ def test_an_empty_file_is_all_defaults() -> None:
 @pytest.mark.parametrize(
     ("line", "key", "problem", "remedy"),
     [
-        ('engine = "ebpf"', "engine", "not in this version", '"uring"'),
         ('engine = "turbo"', "engine", "'turbo'", '"uring"'),
         ("workers = 0", "workers", "0", '"auto"'),
         ("workers = []", "workers", "no core", "[0, 2]"),

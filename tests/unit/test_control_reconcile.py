@@ -17,7 +17,7 @@ from mrelay.control.reconcile import Reconciler
 from mrelay.control.routes import Hop, NextHops
 from mrelay.control.rulebook import Rulebook
 from mrelay.control.state import State, StateFile
-from mrelay.control.want import UP, Gro, rule_state
+from mrelay.control.want import UP, Settings, rule_state
 from mrelay.messages import (
     Committed,
     HoldUnicast,
@@ -59,7 +59,7 @@ class Scene(Roles):
             self.links,
             self.book,
             self.hops,
-            settings=Gro("auto", 1024),
+            settings=Settings("auto", 1024),
             held=held,
         )
 

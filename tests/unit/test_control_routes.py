@@ -6,7 +6,7 @@ import pytest
 from pyroute2 import AsyncIPRoute
 
 from fake_roles import run
-from mrelay.control.routes import NUD_FAILED, NUD_INCOMPLETE, RTM_F_FIB_MATCH, Hop, NextHops, judge
+from mrelay.control.routes import NUD_FAILED, NUD_INCOMPLETE, RTM_F_FIB_MATCH, Hop, Neighbour, NextHops, judge
 
 NUD_REACHABLE = 0x02  # include/uapi/linux/neighbour.h
 HOP = Hop(3, "10.0.0.9", noarp=False)
@@ -37,11 +37,11 @@ VIA = {"attrs": [("RTA_DST", "10.0.0.9"), ("RTA_GATEWAY", "10.0.0.1")]}
 def test_judge(
     route: dict[str, object] | None, neighbours: dict[tuple[int, str], int], before: bool, problem: str
 ) -> None:
-    assert judge(HOP, route, neighbours, before) == problem
+    assert judge(HOP, route, {who: Neighbour(state, b"") for who, state in neighbours.items()}, before) == problem
 
 
 def test_a_tunnel_has_no_neighbours_and_needs_no_route() -> None:
-    assert judge(HOP._replace(noarp=True), None, {(3, "10.0.0.9"): NUD_FAILED}, True) == ""
+    assert judge(HOP._replace(noarp=True), None, {(3, "10.0.0.9"): Neighbour(NUD_FAILED, b"")}, True) == ""
 
 
 def test_the_kernel_is_asked_again_when_other_hops_are_followed() -> None:

@@ -8,8 +8,8 @@ from mrelay.control.slots import Slots
 from mrelay.control.want import (
     UP,
     EgressIds,
-    Gro,
     RulePlan,
+    Settings,
     in_force,
     output_state,
     own_sources,
@@ -32,7 +32,7 @@ ETH0 = Link("eth0", 2, True, frozenset({"10.0.0.1"}))
 ETH1 = Link("eth1", 3, True, frozenset({"10.0.1.1"}), frozenset({"fe80::1"}))
 DOWN = Link("eth2", 4, False)
 ANY_V4 = 0, 2**32 - 1
-GRO = Gro("auto", 1024)
+GRO = Settings("auto", 1024)
 NONE_FAILED: dict[Resource, str] = {}
 NO_OWN: dict[int, tuple[int, ...]] = {4: (), 6: ()}
 
@@ -44,7 +44,7 @@ def rule(origin: str, *outputs: str, name: str = "r") -> Rule:
 def plan(
     *rules: Rule,
     links: Iterable[Link] = (ETH0, ETH1, DOWN),
-    settings: Gro = GRO,
+    settings: Settings = GRO,
     ids: EgressIds | None = None,
 ) -> list[RulePlan]:
     table = LinkTable()
@@ -110,7 +110,7 @@ def test_what_a_multicast_rule_opens_and_joins() -> None:
 
 
 def test_no_gro_when_it_is_off() -> None:
-    (one,) = plan(rule("eth0:239.1.1.1:5000", "eth1:239.2.2.2:6000"), settings=Gro(False, 1024))
+    (one,) = plan(rule("eth0:239.1.1.1:5000", "eth1:239.2.2.2:6000"), settings=Settings(False, 1024))
     assert not any(isinstance(what, SetGro) for what in one.needs())
 
 

@@ -87,6 +87,17 @@ COMMANDS: Final = (
         ("mrelay workers", "mrelay workers --watch --every 5"),
     ),
     Command(
+        "stop",
+        "mrelay.cli.stop:stop",
+        CHANGE,
+        "Stop the relay.\n\n"
+        "Streams that the kernel's fast path carries go on, and the next relay takes them over without a gap, "
+        "for an upgrade, say. Their memberships last as long as a service manager keeps them. With --flush all "
+        "ends; when no relay runs, what an earlier one left in the kernel is removed (as root). SIGTERM ends "
+        "all, too.",
+        ("mrelay stop", "sudo mrelay stop --flush"),
+    ),
+    Command(
         "apply",
         "mrelay.cli.rules:apply",
         CHANGE,

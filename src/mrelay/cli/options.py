@@ -13,6 +13,14 @@ Socket = Annotated[
     Path,
     Parameter(name="--socket", env_var="MRELAY_SOCKET", metavar="PATH", help="The relay's control socket."),
 ]
+PinDir = Annotated[
+    Path,
+    Parameter(
+        name="--pin-dir",
+        metavar="DIR",
+        help="The BPF file system in which the kernel's fast path outlives the relay.",
+    ),
+]
 AsJson = Annotated[bool, Parameter(name="--json", help="Print JSON for programs.")]
 Watch = Annotated[bool, Parameter(name="--watch", help="Keep the table live until Ctrl-C.")]
 Every = Annotated[

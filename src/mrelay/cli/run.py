@@ -12,7 +12,8 @@ from typing import Annotated, Any, Final, Literal, NoReturn
 from cyclopts import Parameter
 
 from mrelay.cli.failure import BAD_CONFIG, Failure
-from mrelay.cli.options import DEFAULT_SOCKET, Level, Socket
+from mrelay.cli.options import DEFAULT_SOCKET, Level, PinDir, Socket
+from mrelay.ebpf.pins import BPFFS
 
 DEFAULT_STATE_DIR: Final = Path("/var/lib/mrelay")
 
@@ -37,7 +38,7 @@ def run(
         Path | None, Parameter(metavar="FILE", help="Config file; none: start without rules.")
     ] = None,
     engine: Annotated[
-        Literal["auto", "uring"] | None, Parameter(help="How packets are moved; overrides the file.")
+        Literal["auto", "ebpf", "uring"] | None, Parameter(help="How packets are moved; overrides the file.")
     ] = None,
     workers: Annotated[
         str | int | list[int] | None,
@@ -53,6 +54,7 @@ def run(
     state_dir: Annotated[
         Path, Parameter(metavar="DIR", help="Where the relay keeps its state over a restart.")
     ] = DEFAULT_STATE_DIR,
+    pin_dir: PinDir = BPFFS,
     user: Annotated[
         str | None,
         Parameter(metavar="NAME", help="The user that control runs as; none: mrelay, or else nobody."),
@@ -77,6 +79,7 @@ def run(
         "workers": workers,
         "socket": str(socket.absolute()),
         "state_dir": str(state_dir.absolute()),
+        "pin_dir": str(pin_dir.absolute()),
         "user": user,
         "worker_user": worker_user,
         "log_format": log_format,

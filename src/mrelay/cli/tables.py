@@ -66,7 +66,7 @@ def _flow_row(flow: dict[str, Any]) -> list[str]:
         output.scaled(flow["pps"], ""),
         output.scaled(flow["bps"], "bit/s"),
         str(flow["worker"]),
-        flow["engine"],
+        flow["engine"] + (f": {flow['why']}" if flow["why"] else ""),
     ]
 
 

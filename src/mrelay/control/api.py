@@ -138,6 +138,12 @@ def _add_changing(app: FastAPI, relay: Relay) -> None:
             log.info("rules applied by %s: %s", request.state.peer, counts)
         return _json(difference)
 
+    @app.post("/v1/stop", response_model=views.Stopping, responses=refused)
+    async def stop(request: Request, flush: bool = False) -> Response:
+        """Stop the relay. What the kernel's fast path carries goes on until the next start, unless `flush`."""
+        log.info("stopped by %s", request.state.peer)
+        return _json(relay.stop(flush=flush))
+
     @app.patch("/v1/log", response_model=views.LogLevels, responses=refused)
     async def set_log_levels(levels: LogTable) -> Response:
         """Change the level of the roles that are named, until the relay stops; all levels."""

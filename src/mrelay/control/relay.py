@@ -73,6 +73,11 @@ class Relay:
             "landlock": self._host.landlock,
         }
 
+    def stop(self, *, flush: bool) -> Table:
+        """/v1/stop: the flows that the kernel goes on to forward."""
+        self._supervisor.quit(keep=not flush)
+        return {"flows": 0 if flush else self.stats.carried()}
+
     def set_log_levels(self, table: Table) -> Table:
         """/v1/log: these roles' levels from now on; all of them."""
         wrong = [

@@ -22,6 +22,7 @@ from mrelay.control.want import STARTING
 from mrelay.control.workers import Worker, Workers
 from mrelay.counters import DROP_REASONS, U64
 from mrelay.counters_size import MAX_LINKS, MAX_RULES
+from mrelay.ebpf.layout import CARRIED
 from mrelay.model.rule import Rule
 from mrelay.model.ruleset import FlowKey, RuleSet, address_text
 
@@ -82,6 +83,11 @@ class Stats:
         tables = {number: flow_table(worker) for number, worker in self._workers.by_number.items()}
         rates = {number: self._sampler.flows(number, table) for number, table in tables.items()}
         return {"flows": await asyncio.to_thread(_flows, tables, rates, self._names(), self._fast)}
+
+    def carried(self) -> int:
+        """Flows that the fast path carries now."""
+        states = {} if self._fast is None else self._fast.states()
+        return sum(state == CARRIED for state in states.values())
 
     def _names(self) -> "Names":
         slots = self._book.slots

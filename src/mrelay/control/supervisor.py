@@ -23,6 +23,7 @@ from mrelay.messages import (
     LogLevel,
     Message,
     ProbeNeighbour,
+    Quit,
     Ready,
     Release,
     Reload,
@@ -86,6 +87,10 @@ class Supervisor:
     def probe(self, ifindex: int, address: str) -> None:
         """Have the kernel find out whether this neighbour is still there."""
         self._channel.send(ProbeNeighbour(ifindex, address))
+
+    def quit(self, *, keep: bool) -> None:
+        """Stop the relay; `keep`: but for what the fast path carries."""
+        self._channel.send(Quit(keep))
 
     def ready(self, status: str) -> None:
         """Say that every rule that can be up is up, or that a reload is over."""

@@ -127,6 +127,12 @@ class Workers(BaseModel):
     workers: list[Worker]
 
 
+class Stopping(BaseModel):
+    """`flows`: how many the kernel goes on to forward."""
+
+    flows: int
+
+
 Level = Literal["debug", "info", "warning", "error", "critical"]
 
 

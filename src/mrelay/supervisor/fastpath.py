@@ -10,22 +10,17 @@ import contextlib
 import hashlib
 import logging
 import os
-import re
 import shutil
 from pathlib import Path
-from typing import Final
 
-from mrelay.ebpf import layout, load
+from mrelay.ebpf import layout, load, pins
 from mrelay.ebpf.layout import MAPS, Sizes
+from mrelay.ebpf.pins import LINK
 from mrelay.kernel import libbpf
 from mrelay.kernel.packet import SLOT
 from mrelay.messages import FastPath as Message
 
 log = logging.getLogger("mrelay.supervisor")
-
-BPFFS: Final = Path("/sys/fs/bpf")
-_MAPS: Final = "maps-"  # and a digest: what the maps were made for
-_LINK: Final = "link-"  # and an ifindex
 
 
 class FastPath:
@@ -87,21 +82,23 @@ class FastPath:
 
     def detach(self, ifindex: int) -> None:
         """Undo one `attach`."""
+        if not self.maps:  # it has ended, and goes on by its pins
+            return
         self._uses[ifindex] -= 1
         if not self._uses[ifindex]:
-            self._unpin(f"{_LINK}{ifindex}")
+            self._unpin(f"{LINK}{ifindex}")
             with contextlib.suppress(OSError):  # the interface may be gone
                 self._links.pop(ifindex).close()
 
     def _new_link(self, ifindex: int) -> libbpf.TcxLink | libbpf.ClsactFilter:
         link = libbpf.attach_ingress(self._program, ifindex)
         if isinstance(link, libbpf.TcxLink):
-            self._pin(link.fd, f"{_LINK}{ifindex}")
+            self._pin(link.fd, f"{LINK}{ifindex}")
         return link
 
     def _taken_over(self, ifindex: int) -> libbpf.TcxLink | None:
         """The link that a relay before us left there, with our program from now on; None if there is none."""
-        path = self._folder and self._folder / f"{_LINK}{ifindex}"
+        path = self._folder and self._folder / f"{LINK}{ifindex}"
         if not path or not path.exists():
             return None
         try:
@@ -136,7 +133,7 @@ class FastPath:
         digest = hashlib.sha256(repr(self._sizes).encode())
         for name in (load.RELAY, load.RING):
             digest.update(load.path(name).read_bytes())
-        return self._folder / f"{_MAPS}{digest.hexdigest()[:16]}"
+        return self._folder / f"{pins.MAPS}{digest.hexdigest()[:16]}"
 
     def _pinned_maps(self) -> dict[str, int]:
         """Those that a relay of the same version and sizes left; none when one is missing."""
@@ -183,10 +180,11 @@ class FastPath:
         if self._folder is None or not self.maps:
             return
         current = self._maps_folder()
-        for path in self._folder.iterdir():
-            if path.name.startswith(_LINK) and int(path.name.removeprefix(_LINK)) not in self._links:
+        for ifindex, path in pins.links(self._folder).items():
+            if ifindex not in self._links:
                 path.unlink()
-            elif path.name.startswith(_MAPS) and path != current:
+        for path in self._folder.glob(f"{pins.MAPS}*"):
+            if path != current:
                 shutil.rmtree(path)
 
     # ---- the end -----------------------------------------------------------------------------
@@ -194,7 +192,7 @@ class FastPath:
     def end(self, *, keep: bool) -> None:
         """Let go of all of it. `keep`: what is pinned goes on forwarding."""
         if self._folder is not None and self.maps and not keep:
-            flush(self._folder)
+            pins.flush(self._folder)
         self._forget()
 
     def _forget(self) -> None:
@@ -204,21 +202,3 @@ class FastPath:
             if fd >= 0:
                 os.close(fd)
         self.maps, self._program, self._filters, self._links = {}, -1, [], {}
-
-
-def pin_folder(socket_path: str, base: Path = BPFFS) -> Path | None:
-    """Where the relay of this API socket has its pins, in this network namespace; None without a bpffs."""
-    if not os.path.ismount(base):
-        return None
-    network = os.stat("/proc/self/ns/net").st_ino
-    name = re.sub(r"[^A-Za-z0-9_-]", "_", socket_path.strip("/"))  # bpffs allows no dots
-    return base / "mrelay" / f"{name[-200:]}-{network}"
-
-
-def flush(folder: Path) -> int:
-    """Remove a relay's pins: with the last one, the kernel stops forwarding. How many interfaces it was on."""
-    links = list(folder.glob(f"{_LINK}*"))
-    for path in links:
-        path.unlink()
-    shutil.rmtree(folder)
-    return len(links)

@@ -17,9 +17,11 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from mrelay import logs
+from mrelay.ebpf.pins import pin_folder
 from mrelay.kernel import caps, notify
 from mrelay.messages import (
     BadMessage,
@@ -33,6 +35,7 @@ from mrelay.messages import (
     LogLevel,
     Message,
     ProbeNeighbour,
+    Quit,
     Ready,
     Release,
     Reload,
@@ -49,7 +52,6 @@ from mrelay.messages import (
 )
 from mrelay.supervisor.backoff import CAP
 from mrelay.supervisor.children import OUTDATED, Child, ControlChild, Process, WorkerChild, end_all
-from mrelay.supervisor.fastpath import pin_folder
 from mrelay.supervisor.host import clear_path, find_group, find_users, listen_at, open_state_dir
 from mrelay.supervisor.resources import Refused, Resources, probe_neighbour
 from mrelay.supervisor.service import Service
@@ -77,7 +79,7 @@ class Supervisor:
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
         user, self._worker_user = find_users(options["user"], options["worker_user"])
-        self._resources = Resources(pin_folder(options["socket"]))
+        self._resources = Resources(pin_folder(options["socket"], Path(options["pin_dir"])))
         self._resources.adopt()
         self._listener: socket.socket | None = None
         self._listens: tuple[int, str | None] | None = None  # the mode and group that were asked for
@@ -90,6 +92,7 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._service = Service()
         self._next_check = 0.0
+        self._quit = self._keep = False  # told to stop by a client; the fast path goes on
 
     # ---- children --------------------------------------------------------------------------
 
@@ -220,6 +223,9 @@ class Supervisor:
                 self._answer(id, lambda: self._listen(id, mode, group))
             case StartWorkers(id, cores, flow_limit, fast):
                 self._answer(id, lambda: self._start_workers(cores, flow_limit, fast=fast))
+            case Quit(keep):
+                log.info("stopping, as a client asked")
+                self._quit, self._keep = True, keep
             case ProbeNeighbour(ifindex, address):
                 probe_neighbour(ifindex, address)
             case Ready(status):
@@ -311,7 +317,7 @@ class Supervisor:
     # ---- the loop --------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Until SIGTERM or SIGINT."""
+        """Until SIGTERM, SIGINT or Quit."""
         # Kept to the very end: a second signal may come while we stop.
         self._signals = wakeup, signals = socket.socketpair()
         for sock in (wakeup, signals):
@@ -320,7 +326,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, _noted)
         self._selector.register(wakeup, selectors.EVENT_READ, None)
-        while True:
+        while not self._quit:
             self._check_pulses()
             self._start_due()
             self._service.turn(self._control, self._workers)
@@ -382,6 +388,8 @@ class Supervisor:
     def _shut_down(self) -> None:
         notify.stopping()
         end_all([self._control], Stop(), _STOP_SECONDS)
+        if self._keep:
+            self._resources.fast.end(keep=True)
         self._resources.close_all()
         end_all([*self._workers, self._spare], Stop(), _STOP_SECONDS)
         self._resources.fast.end(keep=False)

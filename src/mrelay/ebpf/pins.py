@@ -1,0 +1,38 @@
+"""Where a relay pins its fast path in a BPF file system, and how that is taken away again.
+
+Owns the folder's name and what is in it. Called by supervisor.fastpath and by `mrelay stop --flush`. Standard
+library only; nothing here blocks.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Final
+
+BPFFS: Final = Path("/sys/fs/bpf")
+LINK: Final = "link-"  # and an ifindex: the program's place at that interface
+MAPS: Final = "maps-"  # and a digest of what the maps in it were made for
+
+
+def pin_folder(socket_path: str, base: Path) -> Path | None:
+    """Where the relay of this API socket has its pins, in this network namespace; None if `base` is no bpffs."""
+    if not os.path.ismount(base):
+        return None
+    network = os.stat("/proc/self/ns/net").st_ino
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", socket_path.strip("/"))  # bpffs allows no dots
+    return base / "mrelay" / f"{name[-200:]}-{network}"
+
+
+def links(folder: Path) -> dict[int, Path]:
+    """The pinned links by ifindex."""
+    return {int(path.name.removeprefix(LINK)): path for path in folder.glob(f"{LINK}*")}
+
+
+def flush(folder: Path) -> int:
+    """Remove a relay's pins: the kernel stops forwarding for it. How many interfaces that was at. OSError."""
+    found = links(folder)
+    for path in found.values():
+        path.unlink()
+    shutil.rmtree(folder)
+    return len(found)
