@@ -37,7 +37,8 @@ def compiler() -> list[str]:
         ]
     if clang := shutil.which("clang"):
         # Debian keeps asm/ in a folder that clang knows for its own machine only.
-        return [clang, "-target", "bpfel", "-idirafter", f"/usr/include/{platform.machine()}-linux-gnu"]
+        own = f"/usr/include/{platform.machine()}-linux-gnu"
+        return [clang, "-target", "bpfel", "-idirafter", own, "-idirafter", "/usr/include"]
     sys.exit(
         "error: nothing to compile bpf/*.bpf.c with\n"
         "  remedy: pip install ziglang, or install clang and the kernel's headers (Debian: clang, linux-libc-dev)"
@@ -46,17 +47,18 @@ def compiler() -> list[str]:
 
 def compile_programs() -> None:
     """Each bpf/NAME.bpf.c to src/mrelay/ebpf/NAME.bpf.o; ends the build with the compiler's message."""
-    command = compiler()
+    for source in sorted(TREE.glob("bpf/*.bpf.c")):
+        compile_program(source, TARGET / f"{source.stem}.o")
+
+
+def compile_program(source: Path, target: Path) -> None:
+    """One of them; tests have some of their own."""
+    command = [*compiler(), *FLAGS, "-I", str(TREE / "bpf"), "-c", str(source), "-o", str(target)]
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache}
-        for source in sorted(TREE.glob("bpf/*.bpf.c")):
-            target = TARGET / f"{source.stem}.o"
-            done = subprocess.run(
-                [*command, *FLAGS, "-c", str(source), "-o", str(target)],
-                env=environment, capture_output=True, text=True, check=False, cwd=TREE,
-            )  # fmt: skip
-            if done.returncode:
-                sys.exit(f"error: {source.relative_to(TREE)} does not compile\n{done.stderr}")
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"error: {source.relative_to(TREE)} does not compile\n{done.stderr}")
 
 
 class BuildWithPrograms(build_py):

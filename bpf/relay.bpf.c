@@ -18,7 +18,7 @@ ALWAYS_INLINE int pass(__u32 reason)
     __u64 *count = bpf_map_lookup_elem(&passed, &index);
     if (count)
         ++*count;
-    return TCX_NEXT; /* as TC_ACT_UNSPEC: the next program, and in the end the IP stack */
+    return TC_ACT_UNSPEC; /* TCX_NEXT as well: the next program, and in the end the IP stack */
 }
 
 /* Whether nothing of the flow is on its way through the slow path any more, or it has waited long enough. */
@@ -203,7 +203,7 @@ SEC("tc") int relay(struct __sk_buff *skb)
         return relay4(skb);
     if (skb->protocol == htons(ETH_P_IPV6))
         return relay6(skb);
-    return TCX_NEXT;
+    return TC_ACT_UNSPEC;
 }
 
 char _license[] SEC("license") = "Apache-2.0";

@@ -23,14 +23,16 @@ put() { install -D -m 644 "$1" "$root/$2"; }
 
 mkdir -p "$site" "$home/bin" "$work/source"
 export PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+# The compiler for bpf/ is taken from the environment; it is large, and nothing runs it.
+awk '/^[^ ]/ { keep = !/^ziglang==/ } keep' requirements.lock >"$work/requirements.lock"
 "$python" -m pip install --quiet --no-compile --target "$site" --only-binary :all: --require-hashes \
-    -r requirements.lock
+    -r "$work/requirements.lock"
 cp -r pyproject.toml setup.py MANIFEST.in README.md LICENSE bpf src "$work/source"
 rm -rf "$work/source"/src/*.egg-info
 "$python" -m pip install --quiet --no-compile --target "$site" --no-deps --no-build-isolation --no-index \
     "$work/source"
 # Needed to build only; and commands of the libraries', whose first line names this machine's Python.
-rm -rf "$site"/setuptools* "$site"/ziglang* "$site"/pkg_resources "$site"/_distutils_hack "$site"/distutils-precedence.pth "$site/bin"
+rm -rf "$site"/setuptools* "$site"/pkg_resources "$site"/_distutils_hack "$site"/distutils-precedence.pth "$site/bin"
 find "$site" -name tests -type d -prune -exec rm -rf {} +
 ln -s "/usr/bin/python$minor" "$home/bin/python"
 printf 'home = /usr/bin\ninclude-system-site-packages = false\nversion = %s\n' "$minor" >"$home/pyvenv.cfg"

@@ -166,21 +166,6 @@ def bpffs(home: Namespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     command("umount", folder)
 
 
-@pytest.mark.parametrize("tcx", [True, False], ids=["tcx", "clsact"])
-def test_a_program_is_attached_replaced_and_detached(
-    home: Namespace, path: FastPath, ifindex: int, tcx: bool
-) -> None:
-    """By either way."""
-    link = libbpf.attach_ingress(path.program, ifindex, tcx=tcx)
-    assert link.kind == ("tcx" if tcx else "clsact")
-    other = load.load_relay(path.maps, path.sizes)
-    link.replace(other)
-    os.close(other)
-    link.close()
-    again = libbpf.attach_ingress(path.program, ifindex, tcx=tcx)
-    again.close()
-
-
 def test_pins_outlive_descriptors(path: FastPath, ifindex: int, bpffs: str) -> None:
     """A link that was pinned is taken over and gets another program."""
     link = libbpf.attach_ingress(path.program, ifindex)

@@ -227,6 +227,14 @@ def test_merged_frames_count_their_segments(path: FastPath) -> None:
     assert path.passed() == {"too_big": 1}
 
 
+def test_merged_frames_with_bytes_behind_are_left(path: FastPath) -> None:
+    """Nothing makes such, and cutting them would take the merged frame apart."""
+    path.install(KEY4, Out())
+    frame = bytes_of(v4(bytes(3_000))) + bytes(6)
+    assert path.run(frame, merged(3, 1472)) == (TCX_NEXT, frame)
+    assert path.passed() == {"shape": 1}
+
+
 def test_state_says_carried(path: FastPath) -> None:
     """And the next frame that is not carried changes it."""
     path.install(KEY4, Out())

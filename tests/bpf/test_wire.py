@@ -137,6 +137,24 @@ def test_padding_stays_behind(wire: Wire) -> None:
         assert len(sock.recv(2000)) == len(frame)
 
 
+@pytest.mark.parametrize("tcx", [True, False], ids=["tcx", "clsact"])
+def test_a_program_is_attached_replaced_and_detached(lab: Lab, tcx: bool) -> None:
+    """By either way; each time the one that was attached last sees the frames."""
+    star = lab.star()
+    with FastPath() as first, FastPath() as second, star.relay.inside():
+        link = libbpf.attach_ingress(first.program, socket.if_nametoindex("in0"), tcx=tcx)
+        assert link.kind == ("tcx" if tcx else "clsact")
+        for path in (first, second):
+            link.replace(path.program)
+            send_frames(star.source, "s0", [frames.udp_frame(SOURCE, G4, 5000, b"seen")])
+            eventually(lambda path=path: path.passed().get("no_flow"), "the program saw it")  # type: ignore[misc]
+        seen = first.passed(), second.passed()
+        link.close()
+        send_frames(star.source, "s0", [frames.udp_frame(SOURCE, G4, 5000, b"unseen")])
+        eventually(lambda: star.relay.links()["in0"]["stats64"]["rx"]["packets"] >= 3, "it came")
+        assert (first.passed(), second.passed()) == seen
+
+
 # ---- the rings behind it ----
 
 
