@@ -8,6 +8,7 @@
 
 #define ANY_FRAGMENT 0x3fff /* of iphdr.frag_off: more fragments, or an offset */
 #define PLAIN4 0x45         /* first byte of an IPv4 header without options */
+#define TAGGED 0x6d76       /* skb->tc_index of a frame that had a VLAN tag when `relay` passed it on */
 #define PLAIN6 0x60         /* first byte of an IPv6 header, traffic class left out */
 
 struct head4 {

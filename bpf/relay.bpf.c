@@ -12,8 +12,19 @@ const volatile __u32 flows_per_processor = 1; /* set by the loader */
 
 /* ---- passing on ---- */
 
-ALWAYS_INLINE int pass(__u32 reason)
+/* The kernel takes the tag off before the slow path's rings see the frame, so that it looked untagged: mark it. */
+ALWAYS_INLINE void mark_tagged(struct __sk_buff *skb)
 {
+    volatile __u32 *mark = &skb->tc_index; /* volatile, or clang computes an address that the verifier refuses */
+    if (vlan_of(skb))
+        *mark = TAGGED;
+    else if (*mark == TAGGED)
+        *mark = 0;
+}
+
+ALWAYS_INLINE int pass(struct __sk_buff *skb, __u32 reason)
+{
+    mark_tagged(skb);
     __u32 index = bpf_get_smp_processor_id() * PASSED_REASONS + reason;
     __u64 *count = bpf_map_lookup_elem(&passed, &index);
     if (count)
@@ -154,7 +165,7 @@ ALWAYS_INLINE int carry(struct frame *frame, struct flow *flow, struct bpf_sock_
     if (flow->state != reason)
         flow->state = reason;
     if (reason != CARRIED)
-        return pass(reason);
+        return pass(frame->skb, reason);
     count_carried(frame, flow);
     if (frame->skb->vlan_present)
         bpf_skb_vlan_pop(frame->skb);
@@ -169,10 +180,10 @@ ALWAYS_INLINE int relay4(struct __sk_buff *skb)
     struct flow4_key key;
     struct bpf_sock_tuple tuple;
     if (!read_frame4(&frame, &key))
-        return pass(PASSED_SHAPE);
+        return pass(skb, PASSED_SHAPE);
     struct flow *flow = bpf_map_lookup_elem(&flows4, &key);
     if (!flow)
-        return pass(PASSED_NO_FLOW);
+        return pass(skb, PASSED_NO_FLOW);
     tuple.ipv4.saddr = key.source;
     tuple.ipv4.daddr = key.group;
     tuple.ipv4.sport = frame.port;
@@ -186,10 +197,10 @@ ALWAYS_INLINE int relay6(struct __sk_buff *skb)
     struct flow6_key key;
     struct bpf_sock_tuple tuple;
     if (!read_frame6(&frame, &key))
-        return pass(PASSED_SHAPE);
+        return pass(skb, PASSED_SHAPE);
     struct flow *flow = bpf_map_lookup_elem(&flows6, &key);
     if (!flow)
-        return pass(PASSED_NO_FLOW);
+        return pass(skb, PASSED_NO_FLOW);
     __builtin_memcpy(tuple.ipv6.saddr, key.source, sizeof(key.source));
     __builtin_memcpy(tuple.ipv6.daddr, key.group, sizeof(key.group));
     tuple.ipv6.sport = frame.port;

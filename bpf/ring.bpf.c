@@ -66,19 +66,19 @@ ALWAYS_INLINE __u32 let_in(const struct __sk_buff *skb)
     return WHOLE;
 }
 
-ALWAYS_INLINE _Bool is_ip(const struct __sk_buff *skb)
+ALWAYS_INLINE _Bool is_untagged_ip(const struct __sk_buff *skb)
 {
-    return skb->protocol == htons(ETH_P_IP) || skb->protocol == htons(ETH_P_IPV6);
+    return (skb->protocol == htons(ETH_P_IP) || skb->protocol == htons(ETH_P_IPV6)) && skb->tc_index != TAGGED;
 }
 
 SEC("socket") int ring_short(struct __sk_buff *skb)
 {
-    return is_ip(skb) && skb->len <= short_bytes ? let_in(skb) : 0;
+    return is_untagged_ip(skb) && skb->len <= short_bytes ? let_in(skb) : 0;
 }
 
 SEC("socket") int ring_long(struct __sk_buff *skb)
 {
-    return is_ip(skb) && skb->len > short_bytes ? let_in(skb) : 0;
+    return is_untagged_ip(skb) && skb->len > short_bytes ? let_in(skb) : 0;
 }
 
 char _license[] SEC("license") = "Apache-2.0";

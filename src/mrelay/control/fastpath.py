@@ -60,6 +60,7 @@ class FastPath:
         """`reached` is looked at anew each time."""
         self._maps, self._links, self._reached = maps, links, reached
         self._egresses: dict[int, OpenEgress] = {}
+        self._ingresses: frozenset[int] = frozenset()
         self._changed = asyncio.Event()
         self._hops = maps.hops.data.cast("B")
         self._written: dict[int, bytes] = {}
@@ -120,8 +121,12 @@ class FastPath:
 
     # ---- ranges ------------------------------------------------------------------------------
 
-    def set_ranges(self, rules: Iterable[PutRule]) -> None:
-        """The slow path's rings let in what these rules, which the workers have by now, name."""
+    def set_ranges(self, rules: Iterable[PutRule], ingresses: Iterable[int]) -> None:
+        """The slow path's rings let in what these rules, which the workers have by now, name.
+
+        `ingresses`: the interfaces that the fast path is at.
+        """
+        self._ingresses = frozenset(ingresses)
         wanted = {_range(rule) for rule in rules}
         for key in wanted - self._ranges:
             self._maps.ranges.update(key, bytes(4))
@@ -139,10 +144,9 @@ class FastPath:
             found |= zip((key.tobytes() for key in keys), values["state"].tolist(), strict=True)
         return found
 
-    def carries(self, ifindex: int) -> bool:
-        """Whether it can be at this interface's ingress."""
-        link = self._links.by_name.get(self._links.name(ifindex))
-        return link is not None and carries(link)
+    def is_at(self, ifindex: int) -> bool:
+        """Whether it is at this interface's ingress."""
+        return ifindex in self._ingresses
 
     def passed(self) -> dict[str, int]:
         """Frames that were left to the slow path, by reason."""
@@ -159,7 +163,7 @@ def engine_of(key: FlowKey, route: Route, states: Mapping[bytes, int] | None, at
     if state is not None:
         return URING, REASONS[PASSED[state]] if state < len(PASSED) else f"state {state}"
     if not at_ingress:
-        return URING, "its interface has no Ethernet, or is part of a bridge or bond, or has VLAN interfaces"
+        return URING, "no fast path at its interface: no Ethernet, in a bridge or bond, or VLANs on top of it"
     return URING, why_not(key, route) or "there is no room in the fast path"
 
 

@@ -150,7 +150,8 @@ class Reconciler:
         running = [(plan, put) for plan in plans if (put := in_force(plan, self._have, own))]
         await self._workers.put({put.rule: put for _, put in running})
         if self._fast is not None:
-            self._fast.set_ranges(put for _, put in running)
+            rings = (what for what in self._have if isinstance(what, OpenIngress) and what.family)
+            self._fast.set_ranges([put for _, put in running], {ring.ifindex for ring in rings})
         if replaced:  # the rules may be what they were: joins still wait until every worker has the new rings
             await self._workers.sync()
         await self._grant({join for plan, _ in running if plan.state == UP for join in plan.joins})

@@ -219,7 +219,7 @@ def _flow(worker: int, flow: FlowKey, numbers: list[float], names: Names) -> Tab
 
 
 def _engine(key: FlowKey, names: Names, states: dict[bytes, int] | None, fast: FastPath | None) -> Table:
-    at_ingress = fast is not None and fast.carries(key.ifindex)
+    at_ingress = fast is not None and fast.is_at(key.ifindex)
     engine, why = engine_of(key, names.rules.resolve(key), states, at_ingress)
     return {"engine": engine, "why": why}
 

@@ -132,12 +132,25 @@ def plan_rules(
     known: Mapping[str, RulePlan] = MappingProxyType({}),
 ) -> list[RulePlan]:
     """A plan for each rule. `known` are plans made since the links last changed, to be used again."""
-    return [
+    plans = [
         old
         if (old := known.get(rule.name)) and old.rule is rule
         else _plan_rule(rule, slots, links, ids, settings)
         for rule in rules
     ]
+    # An interface's rings have one place: before the fast path if a rule wants tags, which are taken off behind it.
+    tagged = {plan.rule.from_.interface for plan in plans if plan.rule.from_.vlan}
+    return [_placed(plan, tagged, links, settings) for plan in plans]
+
+
+def _placed(plan: RulePlan, tagged: AbstractSet[str], links: LinkTable, settings: Settings) -> RulePlan:
+    """The plan with its ring behind the fast path, which takes one for each family, or before everything."""
+    origin, ingress = plan.rule.from_, plan.ingress
+    if ingress is None:
+        return plan
+    fast = settings.fast and origin.interface not in tagged and carries(links.by_name[origin.interface])
+    family = origin.address.version if fast else 0
+    return plan if ingress.family == family else replace(plan, ingress=replace(ingress, family=family))
 
 
 def _plan_rule(rule: Rule, slots: Slots, links: LinkTable, ids: EgressIds, settings: Settings) -> RulePlan:
@@ -151,19 +164,13 @@ def _plan_rule(rule: Rule, slots: Slots, links: LinkTable, ids: EgressIds, setti
         rule,
         state,
         outputs,
-        ingress=_ingress(rule.from_, link, settings),
+        ingress=OpenIngress(link.ifindex, settings.ring_slots),
         beside=_beside(rule.from_, link, settings),
         joins=joins,
         compiled=_compile(rule, slots.rules[rule.name].index, link.ifindex),
         warning=warning,
         loopback=link.loopback,
     )
-
-
-def _ingress(origin: Input, link: Link, settings: Settings) -> OpenIngress:
-    """Behind the fast path where there is one, which takes a ring for each family; else before everything."""
-    family = origin.address.version if settings.fast and carries(link) else 0
-    return OpenIngress(link.ifindex, settings.ring_slots, family)
 
 
 def _link_state(name: str, link: Link | None) -> str:
