@@ -10,7 +10,10 @@ import ipaddress
 import logging
 import struct
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Final
+
+import numpy as np
 
 from mrelay.control.links import Link, LinkTable
 from mrelay.control.routes import Hop, Reached
@@ -25,6 +28,7 @@ log = logging.getLogger(__name__)
 EBPF, URING = "ebpf", "uring"  # the engines
 ARPHRD_ETHER: Final = 1  # linux/if_arp.h
 ARPHRD_NONE: Final = 0xFFFE  # WireGuard, tun: no link-layer header, and no neighbours
+TAKE_OVER: Final = 10.0  # seconds in which the workers give all flows of an earlier relay their new outputs
 GRACE: Final = 0.001  # seconds: a program that runs has read what it needs of a hop long before
 # In place of the groups that an output with `*` keeps: all that counts is which source the kernel would choose.
 ANY_GROUP: Final = {4: "239.0.0.1", 6: "ff0e::1"}
@@ -62,11 +66,29 @@ class FastPath:
         self._egresses: dict[int, OpenEgress] = {}
         self._ingresses: frozenset[int] = frozenset()
         self._changed = asyncio.Event()
+        self._left: set[int] = set()
         self._hops = maps.hops.data.cast("B")
         self._written: dict[int, bytes] = {}
         self._ranges = {bytes(key) for key in maps.ranges.keys()}  # noqa  # a control before us may have left some
 
     # ---- hops --------------------------------------------------------------------------------
+
+    def left(self, held: Iterable[OpenEgress]) -> AbstractSet[int]:
+        """Numbers of hops that flows still use which an earlier relay installed; it grows empty in time.
+
+        `held` are the sockets that are open, from before this control.
+        """
+        ready = np.flatnonzero(self._maps.hops["flags"]).tolist()
+        self._left |= set(ready) - {egress.output for egress in held}
+        self._written |= dict.fromkeys(ready, b"")
+        if self._left:
+            asyncio.get_running_loop().call_later(TAKE_OVER, self._forget_left)
+        return self._left
+
+    def _forget_left(self) -> None:
+        """By now the workers have pointed those flows elsewhere."""
+        self._left.clear()
+        self._changed.set()
 
     def follow(self, egresses: Iterable[OpenEgress]) -> None:
         """These are open."""
@@ -79,14 +101,11 @@ class FastPath:
 
     async def run(self) -> None:
         """Keep `hops` true until cancelled."""
-        for number in range(len(self._hops) // _HOP.size):  # a control before us may have left some
-            if self._hops[number * _HOP.size : (number + 1) * _HOP.size] != _UNREADY:
-                self._written[number] = b""
         while True:
             await self._changed.wait()
             self._changed.clear()
             wanted = {number: self._record(egress) for number, egress in self._egresses.items()}
-            wanted |= dict.fromkeys(self._written.keys() - wanted.keys(), _UNREADY)
+            wanted |= dict.fromkeys(self._written.keys() - wanted.keys() - self._left, _UNREADY)
             changed = {n: record for n, record in wanted.items() if record != self._written.get(n, _UNREADY)}
             if changed:
                 await self._write(changed)

@@ -54,7 +54,8 @@ class Reconciler:
         self._supervisor, self._workers, self._links, self._book = supervisor, workers, links, book
         self._hops, self._settings = hops, settings
         self._have = set(held)
-        self._ids = EgressIds(what for what in self._have if isinstance(what, OpenEgress))
+        egresses = [what for what in self._have if isinstance(what, OpenEgress)]
+        self._ids = EgressIds(egresses, fast.left(egresses) if fast is not None else frozenset())
         self._wake = asyncio.Event()
         self._waiting: list[asyncio.Future[None]] = []
         self._states: dict[str, str] = {}

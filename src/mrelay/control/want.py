@@ -48,10 +48,12 @@ class Settings:
 class EgressIds:
     """Numbers for egress sockets: the same one for the same socket, also after a restart of control.
 
-    Sockets that differ in TTL or DSCP alone are two, though the supervisor opens them alike.
+    Sockets that differ in TTL or DSCP alone are two, though the supervisor opens them alike. Numbers in `avoid`,
+    as long as they are in it, are not handed out.
     """
 
-    def __init__(self, held: Iterable[OpenEgress] = ()) -> None:
+    def __init__(self, held: Iterable[OpenEgress] = (), avoid: AbstractSet[int] = frozenset()) -> None:
+        self._avoid = avoid
         self._ids: dict[tuple[EgressKey, int, int], int] = {}
         self._held: dict[EgressKey, list[int]] = {}
         for egress in sorted(held, key=lambda egress: egress.output):
@@ -74,7 +76,7 @@ class EgressIds:
         self._used, self._next = set(numbers), 0
 
     def _lowest_free(self) -> int:
-        while self._next in self._used:
+        while self._next in self._used or self._next in self._avoid:
             self._next += 1
         return self._next
 
@@ -138,7 +140,7 @@ def plan_rules(
         else _plan_rule(rule, slots, links, ids, settings)
         for rule in rules
     ]
-    # An interface's rings have one place: before the fast path if a rule wants tags, which are taken off behind it.
+    # An interface's rings have one place: before the fast path if a rule wants tags, which nobody sees behind it.
     tagged = {plan.rule.from_.interface for plan in plans if plan.rule.from_.vlan}
     return [_placed(plan, tagged, links, settings) for plan in plans]
 
