@@ -98,11 +98,16 @@ enum passed {
 /* ---- progress: mmapped array, one for each worker; each writer has a cache line of its own ---- */
 
 struct progress {
-    __u64 accepted; /* R: frames let into the worker's rings */
-    __u64 pad[7];
-    __u64 drained;  /* W: what `accepted` was when it had last sent all of them on */
-    __u64 half;     /* W: which half of its routes and outputs new ones go to, 0 or 1 */
-    __u64 pad2[6];
+    __u64 accepted;      /* R: frames let into the worker's rings */
+    __u64 accepted_long; /* R: those of them let into rings for long frames */
+    __u64 pad[6];
+    __u64 drained;   /* W: what `accepted` was when it had last sent all of them on */
+    __u64 half;      /* W: which half of its routes and outputs new ones go to, 0 or 1 */
+    __u64 sent;      /* W: frames that came out of the rings, about: a worker that ended may have left it wrong */
+    __u64 sent_long; /* W: likewise, of those for long frames */
+    __u64 room;      /* W: so many short frames may wait; with more, flows overtake before the ring is full */
+    __u64 room_long; /* W: likewise, long ones */
+    __u64 pad2[2];
 };
 
 /* ---- ranges: LPM trie, the groups and addresses that rules on an interface name (C) ---- */
@@ -114,7 +119,7 @@ struct range_key {
     __u8 address[16];  /* IPv4 in the first four bytes */
 };
 
-#define PATIENCE 1024 /* frames that a flow waits for the slow path to be drained; then it overtakes, once */
+#define PATIENCE 16384 /* frames that a flow waits for the slow path to be drained; then it overtakes, once */
 #define HELD_MARK 0x6d72656c /* SO_MARK of the sockets that hold unicast inputs' ports: no listener's */
 
 #endif

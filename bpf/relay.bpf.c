@@ -8,7 +8,8 @@
 
 #define QUEUED_AT_LIMIT 2 /* NET_XMIT_CN, linux/netdevice.h: queued, with a warning */
 
-const volatile __u32 flows_per_processor = 1; /* set by the loader */
+const volatile __u32 flows_per_processor = 1; /* both set by the loader */
+const volatile __u32 short_bytes = 0;         /* as in ring.bpf.c */
 
 /* ---- passing on ---- */
 
@@ -32,8 +33,16 @@ ALWAYS_INLINE int pass(struct __sk_buff *skb, __u32 reason)
     return TC_ACT_UNSPEC; /* TCX_NEXT as well: the next program, and in the end the IP stack */
 }
 
-/* Whether nothing of the flow is on its way through the slow path any more, or it has waited long enough. */
-ALWAYS_INLINE _Bool is_due(struct flow *flow)
+/* Whether the slow path is too slow: soon there would be no room for a frame of this length. */
+ALWAYS_INLINE _Bool is_crowded(const struct progress *slow, _Bool is_long)
+{
+    __s64 waiting_long = READ_ONCE(slow->accepted_long) - READ_ONCE(slow->sent_long);
+    __s64 waiting = READ_ONCE(slow->accepted) - READ_ONCE(slow->sent) - waiting_long;
+    return is_long ? waiting_long > (__s64)slow->room_long : waiting > (__s64)slow->room;
+}
+
+/* Whether nothing of the flow is on its way through the slow path any more, or it must not wait any longer. */
+ALWAYS_INLINE _Bool is_due(struct flow *flow, _Bool is_long)
 {
     __u32 worker = flow->worker;
     struct progress *slow = bpf_map_lookup_elem(&progress, &worker);
@@ -45,7 +54,7 @@ ALWAYS_INLINE _Bool is_due(struct flow *flow)
         flow->waited = 0;
     }
     if (READ_ONCE(slow->drained) < tail) {
-        if (flow->waited < PATIENCE) {
+        if (flow->waited < PATIENCE && !is_crowded(slow, is_long)) {
             flow->waited++;
             return 0;
         }
@@ -134,7 +143,7 @@ ALWAYS_INLINE int send_last(const struct frame *frame, __u32 place)
 ALWAYS_INLINE __u32 judge(struct frame *frame, struct flow *flow, struct bpf_sock_tuple *tuple, __u32 size)
 {
     __u32 length = flow->length;
-    if (!is_due(flow))
+    if (!is_due(flow, frame->skb->len > short_bytes))
         return PASSED_WAITING;
     if (has_listener(frame->skb, tuple, size))
         return PASSED_LISTENER;

@@ -54,13 +54,15 @@ ALWAYS_INLINE void set_tail(struct flow *flow, __u64 number)
         flow->tail = number;
 }
 
-ALWAYS_INLINE __u32 let_in(const struct __sk_buff *skb)
+ALWAYS_INLINE __u32 let_in(const struct __sk_buff *skb, _Bool is_long)
 {
     _Bool six = skb->protocol == htons(ETH_P_IPV6);
     __u32 index = worker;
     struct progress *slow = bpf_map_lookup_elem(&progress, &index);
     if (!slow || !is_wanted(skb, six))
         return 0;
+    if (is_long)
+        __sync_fetch_and_add(&slow->accepted_long, 1);
     __u64 number = __sync_fetch_and_add(&slow->accepted, 1) + 1;
     set_tail(six ? flow_of6(skb) : flow_of4(skb), number);
     return WHOLE;
@@ -73,12 +75,12 @@ ALWAYS_INLINE _Bool is_untagged_ip(const struct __sk_buff *skb)
 
 SEC("socket") int ring_short(struct __sk_buff *skb)
 {
-    return is_untagged_ip(skb) && skb->len <= short_bytes ? let_in(skb) : 0;
+    return is_untagged_ip(skb) && skb->len <= short_bytes ? let_in(skb, 0) : 0;
 }
 
 SEC("socket") int ring_long(struct __sk_buff *skb)
 {
-    return is_untagged_ip(skb) && skb->len > short_bytes ? let_in(skb) : 0;
+    return is_untagged_ip(skb) && skb->len > short_bytes ? let_in(skb, 1) : 0;
 }
 
 char _license[] SEC("license") = "Apache-2.0";

@@ -32,8 +32,8 @@ def verdicts(path: FastPath, count: int) -> list[int]:
 
 def set_progress(path: FastPath, accepted: int, drained: int) -> None:
     """What the rings let in, and what of it was sent."""
-    path.arrays["progress"][0]["accepted"] = accepted
-    path.arrays["progress"][0]["drained"] = drained
+    progress = path.arrays["progress"][0]
+    progress["accepted"], progress["drained"], progress["room"] = accepted, drained, PATIENCE
 
 
 def test_carried_once_the_tail_is_drained(path: FastPath) -> None:
@@ -75,10 +75,24 @@ def test_patience_ends(path: FastPath) -> None:
     assert path.flow(KEY4)[["tail", "waited"]].tolist() == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("short", "long", "verdict"), [(100, 9, TCX_NEXT), (101, 0, TC_ACT_REDIRECT), (0, 10, TCX_NEXT)]
+)
+def test_a_crowded_slow_path_is_overtaken(path: FastPath, short: int, long: int, verdict: int) -> None:
+    """When more short frames wait than there is room for, a short one waits no longer; long ones are no matter."""
+    path.install(KEY4, Out(), tail=TAIL_UNKNOWN)
+    set_progress(path, 50 + short + long, 40)
+    progress = path.arrays["progress"][0]
+    progress["sent"], progress["accepted_long"], progress["sent_long"] = 50, 5 + long, 5
+    progress["room"], progress["room_long"] = 100, 1
+    assert verdicts(path, 1) == [verdict]
+
+
 def test_each_worker_has_its_own_progress(home: Namespace) -> None:
     """The flow's worker's counts."""
     with FastPath(workers=2) as path:
         path.set_hop(source=packed("10.1.0.1"))
+        path.arrays["progress"]["room"] = PATIENCE
         path.arrays["progress"]["drained"] = [9, 0]
         path.install(KEY4, Out(), tail=7, worker=1)
         assert verdicts(path, 1) == [TCX_NEXT]

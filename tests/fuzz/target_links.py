@@ -18,7 +18,12 @@ class Netlink:
 
     def __init__(self, choices: Data) -> None:
         self.links = [
-            {"index": 1 + choices.below(4), "flags": choices.integer(2), "ifname": choices.pick(["a", "b", "c"])}
+            {
+                "index": 1 + choices.below(4),
+                "ifi_type": 1,
+                "flags": choices.integer(2),
+                "ifname": choices.pick(["a", "b", "c"]),
+            }
             for _ in range(choices.below(5))
         ]
         self.addresses = list(self._addresses(choices))

@@ -19,7 +19,8 @@ from netns.traffic import Capture, Sender, payloads
 
 pytestmark = pytest.mark.netns
 GROUP = "239.1.1.1"
-CONFIG = rule("a", f"in0:{GROUP}:5000", "out0:239.2.2.2:6000")
+# The slow path: what the kernel carries by itself would not wait for a worker.
+CONFIG = '[relay]\nengine = "uring"\n\n' + rule("a", f"in0:{GROUP}:5000", "out0:239.2.2.2:6000")
 
 
 def worker(relay: Relay) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mrelay.ebpf.layout import MAPS
 from mrelay.kernel import caps
 from netns.lab import Lab, Namespace, eventually
 from netns.relay import Relay, rule
@@ -142,7 +143,8 @@ def test_a_supervisor_that_is_root_gives_up_what_it_does_not_need(lab: Lab) -> N
     with Relay(star.relay, CONFIG) as relay:
         found = status(relay.pid)
         kept = capability_mask(
-            *UNIT_CAPS, caps.CAP_NET_BIND_SERVICE, caps.CAP_CHOWN, caps.CAP_DAC_OVERRIDE, caps.CAP_SETPCAP
+            *(*UNIT_CAPS, caps.CAP_NET_BIND_SERVICE, caps.CAP_CHOWN, caps.CAP_DAC_OVERRIDE, caps.CAP_SETPCAP),
+            *(caps.CAP_BPF, caps.CAP_PERFMON),
         )
         for key in ("CapPrm", "CapEff", "CapBnd"):
             assert int(found[key][0], 16) & ~kept == 0, f"{key} {found[key][0]}"
@@ -237,8 +239,10 @@ def test_children_have_the_descriptors_that_were_meant_for_them(lab: Lab) -> Non
         for pid in at_work(relay, "worker"):
             found = descriptors(star.relay, pid)
             found.pop("anon_inode:[io_uring]", None)  # where the host allows it
-            # Two rings, each once more for its mapping; its two channels.
-            assert found == {"/dev/null": 2, "log": 1, "unix": 2, "packet": 4, "udp": 1, "counters": 1, "pulse": 1}
+            # The fast path's maps; two rings, each once more for its mapping; its two channels.
+            maps = {"anon_inode:bpf-map": len(MAPS)}
+            own = {"/dev/null": 2, "log": 1, "unix": 2, "packet": 4, "udp": 1, "counters": 1, "pulse": 1}
+            assert found == maps | own
         (control,) = relay.role("control")
         workers = len(at_work(relay, "worker"))
         # Its channels, its listener, a pair that wakes its loop; maybe one client's connection, just closed.
@@ -249,6 +253,7 @@ def test_children_have_the_descriptors_that_were_meant_for_them(lab: Lab) -> Non
             "log": 1,
             "state": 1,
             "anon_inode:[eventpoll]": 1,
+            "anon_inode:bpf-map": len(MAPS),
             "netlink": 2,
             "counters": workers,
             "pulse": 1,

@@ -66,6 +66,7 @@ class FastPath:
         self._egresses: dict[int, OpenEgress] = {}
         self._ingresses: frozenset[int] = frozenset()
         self._changed = asyncio.Event()
+        self._lock = asyncio.Lock()
         self._left: set[int] = set()
         self._hops = maps.hops.data.cast("B")
         self._written: dict[int, bytes] = {}
@@ -90,10 +91,10 @@ class FastPath:
         self._left.clear()
         self._changed.set()
 
-    def follow(self, egresses: Iterable[OpenEgress]) -> None:
-        """These are open."""
+    async def follow(self, egresses: Iterable[OpenEgress]) -> None:
+        """These are open; when it returns, `hops` says what is known of the ways to them."""
         self._egresses = {egress.output: egress for egress in egresses}
-        self._changed.set()
+        await self._update()
 
     def look_again(self) -> None:
         """A link or a next hop changed."""
@@ -104,6 +105,10 @@ class FastPath:
         while True:
             await self._changed.wait()
             self._changed.clear()
+            await self._update()
+
+    async def _update(self) -> None:
+        async with self._lock:
             wanted = {number: self._record(egress) for number, egress in self._egresses.items()}
             wanted |= dict.fromkeys(self._written.keys() - wanted.keys() - self._left, _UNREADY)
             changed = {n: record for n, record in wanted.items() if record != self._written.get(n, _UNREADY)}
@@ -113,8 +118,9 @@ class FastPath:
     async def _write(self, changed: dict[int, bytes]) -> None:
         """Each is unready while it changes, so that no frame meets half of one."""
         flags = self._maps.hops["flags"]
-        flags[list(changed)] = 0
-        await asyncio.sleep(GRACE)
+        if in_use := list(changed.keys() & self._written.keys()):
+            flags[in_use] = 0
+            await asyncio.sleep(GRACE)
         for number, record in changed.items():
             at = number * _HOP.size
             self._hops[at + 4 : at + _HOP.size] = record[4:]

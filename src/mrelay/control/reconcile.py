@@ -149,6 +149,9 @@ class Reconciler:
         await self._release(what for what in self._have - wanted if isinstance(what, JoinGroup))
         own = own_sources(plans, self._links)
         running = [(plan, put) for plan in plans if (put := in_force(plan, self._have, own))]
+        await (
+            self._follow_egresses()
+        )  # before the rules, or flows with a new output would have to take the slow path
         await self._workers.put({put.rule: put for _, put in running})
         if self._fast is not None:
             rings = (what for what in self._have if isinstance(what, OpenIngress) and what.family)
@@ -156,14 +159,18 @@ class Reconciler:
         if replaced:  # the rules may be what they were: joins still wait until every worker has the new rings
             await self._workers.sync()
         await self._grant({join for plan, _ in running if plan.state == UP for join in plan.joins})
-        await self._release(self._have - wanted)
+        if surplus := self._have - wanted:
+            await self._release(surplus)
+            await self._follow_egresses()
         self._ids.keep({what.output for what in self._have | wanted if isinstance(what, OpenEgress)})
-        if self._fast is not None:
-            self._fast.follow(what for what in self._have if isinstance(what, OpenEgress))
         self.plans, self.running = plans, [put for _, put in running]
         egresses = {output.egress for plan in plans for output in plan.outputs if output.state == UP}
         self._hops.follow({hop for egress in egresses if egress and (hop := self._hop(egress))})
         self._tell()
+
+    async def _follow_egresses(self) -> None:
+        if self._fast is not None:
+            await self._fast.follow(what for what in self._have if isinstance(what, OpenEgress))
 
     def _in_the_way(self, wanted: AbstractSet[Resource]) -> set[Resource]:
         """Rings of an interface that comes under the fast path now, or does no more: both can't be there."""

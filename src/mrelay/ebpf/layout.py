@@ -12,7 +12,7 @@ from mrelay.counters_size import MAX_LINKS
 HALVES: Final = 2  # of a worker's routes and outputs: one in use while the other is built anew
 HOPS: Final = 2 * MAX_LINKS  # numbers of egress sockets
 RANGES: Final = 1 << 16
-PATIENCE: Final = 1024
+PATIENCE: Final = 16384
 TAIL_UNKNOWN: Final = (1 << 64) - 1
 HOP_READY: Final = 1
 DSCP_KEEP: Final = 0xFF
@@ -43,7 +43,9 @@ HOP: Final[Fields] = [
 ]  # fmt: skip
 COUNT: Final[Fields] = [("packets", "<u8"), ("bytes", "<u8")]
 PROGRESS: Final[Fields] = [
-    ("accepted", "<u8"), ("pad", "<u8", 7), ("drained", "<u8"), ("half", "<u8"), ("pad2", "<u8", 6),
+    ("accepted", "<u8"), ("accepted_long", "<u8"), ("pad", "<u8", 6),
+    ("drained", "<u8"), ("half", "<u8"), ("sent", "<u8"), ("sent_long", "<u8"), ("room", "<u8"),
+    ("room_long", "<u8"), ("pad2", "<u8", 2),
 ]  # fmt: skip
 RANGE_KEY: Final[Fields] = [("prefixlen", "<u4"), ("ifindex", "<u4"), ("family", "<u4"), ("address", "u1", 16)]
 

@@ -46,7 +46,7 @@ def create_maps(sizes: Sizes) -> dict[str, int]:
 def load_relay(maps: Mapping[str, int], sizes: Sizes) -> int:
     """The program for tc ingress (libbpf.attach_ingress) over these maps, made with these sizes."""
     with open_object(RELAY) as opened:
-        opened.set_constants(flows_per_processor=sizes.flows)
+        opened.set_constants(flows_per_processor=sizes.flows, short_bytes=SHORT)
         _load(opened, maps)
         return opened.program_fd("relay")
 

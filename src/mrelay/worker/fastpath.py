@@ -25,17 +25,15 @@ log = logging.getLogger("mrelay.worker")
 
 _FLOW: Final = struct.Struct("=QIIIIII")  # bpf/mrelay.h, struct flow
 _NEW: Final = PASSED.index("waiting")
-_ACCEPTED, _DRAINED, _HALF = 0, 8, 9  # words of struct progress
+# Words of struct progress.
+_ACCEPTED, _ACCEPTED_LONG, _DRAINED, _HALF, _SENT, _SENT_LONG, _ROOM, _ROOM_LONG = 0, 1, *range(8, 14)
 U64 = NDArray[np.uint64]
 Slots = NDArray[np.intp]
 Place = tuple[int, int]  # struct flow: start, length
 
 
 class FastPath:
-    """`installed`: by slot, where the outputs of each flow that is in the kernel's map stand.
-
-    `handled` counts frames of this worker's rings that were sent on, or lost to a full ring.
-    """
+    """`installed`: by slot, where the outputs of each flow that is in the kernel's map stand."""
 
     def __init__(self, maps: Maps, worker: int, counters: Counters) -> None:
         self._maps, self._worker, self._counters = maps, worker, counters
@@ -44,7 +42,6 @@ class FastPath:
         self._progress = memoryview(maps.progress[worker]).cast("B").cast("Q")
         self.installed: dict[int, Place] = {}
         self._slots: Slots | None = None  # those of `installed`, when they were last asked for
-        self.handled = self._progress[_DRAINED]
         if counters.fresh:  # what an earlier relay's flows counted is not ours
             sums = self._counts.sum(axis=0, dtype=np.uint64).T
             counters.kernel[:, : maps.sizes.slots] = sums
@@ -207,14 +204,28 @@ class FastPath:
         """Whether it is not known that all of them were sent on."""
         return self._progress[_DRAINED] != self._progress[_ACCEPTED]
 
+    def rings(self, short: int, long: int) -> None:
+        """This worker has, at the least, so many slots in a ring for short frames, and in one for long ones.
+
+        What waits in all rings is counted together, so a quarter of one is when flows no longer wait.
+        """
+        self._progress[_ROOM], self._progress[_ROOM_LONG] = short // 4, long // 4
+
+    def sent(self, frames: int, *, long: bool) -> None:
+        """They came out of a ring and were sent on, or it was full and they are lost."""
+        self._progress[_SENT] += frames
+        if long:
+            self._progress[_SENT_LONG] += frames
+
     def drained(self) -> None:
         """The rings were seen empty: say so, if all that was let in has come out.
 
         Frames on different processors may overtake each other between the filter and the ring, so a count below
         the total says nothing about one frame.
         """
-        if self.handled == self._progress[_ACCEPTED]:
-            self._progress[_DRAINED] = self.handled
+        sent = self._progress[_SENT]
+        if sent == self._progress[_ACCEPTED]:
+            self._progress[_DRAINED] = sent
 
     def quiet(self, accepted: int) -> None:
         """The rings have been empty for a while, since `accepted` was read: whatever we counted, all is sent on.
@@ -222,4 +233,5 @@ class FastPath:
         A worker that ended, or a full ring, leaves a wrong count behind.
         """
         if accepted == self._progress[_ACCEPTED]:
-            self.handled = self._progress[_DRAINED] = accepted
+            self._progress[_SENT] = self._progress[_DRAINED] = accepted
+            self._progress[_SENT_LONG] = self._progress[_ACCEPTED_LONG]

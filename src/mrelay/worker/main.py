@@ -20,6 +20,7 @@ from mrelay import logs
 from mrelay.child import confine, settle
 from mrelay.counters import RECEIVED, RING_FULL, Counters
 from mrelay.ebpf.maps import Maps, sizes_of
+from mrelay.kernel.packet import LONG_SLOTS
 from mrelay.messages import (
     BadMessage,
     Channel,
@@ -199,7 +200,7 @@ class Worker:
             self.counters.totals[RECEIVED] += np.uint64(lost)
             self.counters.drops[RING_FULL] += np.uint64(lost)
             if self.fast is not None and ingress.what.family:
-                self.fast.handled += lost
+                self.fast.sent(lost, long=ring is ingress.long)
 
     # ---- rings -----------------------------------------------------------------------------
 
@@ -211,6 +212,8 @@ class Worker:
 
     def _open_gate(self, ingress: Ingress) -> None:
         """From here on its frames are ours to forward."""
+        if self.fast is not None:
+            self.fast.rings(min(each.short.slots for each in self.ingress.values()), LONG_SLOTS)
         for ring in ingress.rings:
             self._by_fd[ring.sock.fileno()] = ingress
             self._poll.register(ring.sock, select.POLLIN)
@@ -248,7 +251,7 @@ class Worker:
                 path.forward(ring, count)
                 ring.release(count)
                 if fast is not None:
-                    fast.handled += count
+                    fast.sent(count, long=ring is ingress.long)
 
     def _worth_it(self, runs: list[tuple[Ring, int]]) -> bool:
         """Few frames are sent at once, for latency; many make long runs; what lies between can grow first."""
