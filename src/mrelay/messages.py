@@ -10,6 +10,7 @@ SCM_RIGHTS. A message that does not decode is a bug or an attack: `BadMessage`, 
 import dataclasses
 import functools
 import json
+import operator
 import os
 import socket
 import sys
@@ -408,6 +409,15 @@ _SENDABLE: Final = frozenset(typing.get_args(Message))
 _NAMES: Final = {c: tuple(field.name for field in dataclasses.fields(c)) for c in _CLASSES.values()}
 
 
+def _table_of(cls: type) -> tuple[tuple[str, ...], Callable[[Any], tuple[Any, ...]]]:
+    """The keys of a class's table, and what reads its values; the first is its name."""
+    names = _NAMES[cls]
+    return ("t", *names), operator.attrgetter("__class__.__name__", *names, "__class__")
+
+
+_TABLES: Final = {cls: _table_of(cls) for cls in _NAMES}
+
+
 def encode(message: Message) -> bytes:
     """One datagram's bytes."""
     return _ENCODER.encode({"v": VERSION, "m": message}).encode()
@@ -415,7 +425,8 @@ def encode(message: Message) -> bytes:
 
 def _to_plain(value: Any) -> dict[str, Any]:
     """What json can't take by itself: a dataclass, as a table with its name."""
-    return {"t": type(value).__name__, **{name: getattr(value, name) for name in _NAMES[type(value)]}}
+    keys, values = _TABLES[type(value)]
+    return dict(zip(keys, values(value), strict=False))
 
 
 _ENCODER: Final = json.JSONEncoder(separators=(",", ":"), default=_to_plain)

@@ -53,7 +53,9 @@ def _await_end(pid: int) -> None:
     except ProcessLookupError:
         return
     try:
-        if not select.select([process], [], [], _DEADLINE)[0]:
+        poll = select.poll()
+        poll.register(process, select.POLLIN)
+        if not poll.poll(_DEADLINE * 1000):
             raise Failure(f"the relay (process {pid}) did not end within {_DEADLINE:.0f} s: see its log")
     finally:
         os.close(process)

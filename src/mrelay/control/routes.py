@@ -11,24 +11,24 @@ loop no longer than parsing an answer takes.
 import asyncio
 import logging
 import socket
-import struct
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from pyroute2 import AsyncIPRoute, NetlinkDumpInterrupted, NetlinkError
+
+from mrelay.kernel import rtnetlink
+from mrelay.kernel.rtnetlink import RTM_DELNEIGH, RTM_DELROUTE, RTM_NEWNEIGH, RTM_NEWROUTE, Neighbour, Route
 
 log = logging.getLogger(__name__)
 
 RTMGRP_NEIGH, RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_ROUTE = 0x4, 0x40, 0x400  # include/uapi/linux/rtnetlink.h
-RTM_F_FIB_MATCH = 0x2000  # include/uapi/linux/rtnetlink.h: without it, any IPv4 address would be "on link"
 NUD_INCOMPLETE, NUD_STALE, NUD_FAILED = 0x01, 0x04, 0x20  # include/uapi/linux/neighbour.h
-RTM_NEWROUTE, RTM_DELROUTE = 24, 25  # include/uapi/linux/rtnetlink.h
 NUD_ANSWERED = 0x02 | 0x04 | 0x08 | 0x10 | 0x40 | 0x80  # REACHABLE STALE DELAY PROBE NOARP PERMANENT
 PAUSE: Final = 0.1  # seconds between two looks, at least
-_MESSAGE: Final = struct.Struct("=IH10x")  # struct nlmsghdr
 SHARE: Final = 20  # and so many times what the last look took: 5 % of a core at most
+AT_ONCE: Final = 100  # routes asked for before others get their turn
 
 
 class Hop(NamedTuple):
@@ -52,15 +52,7 @@ class Reached(NamedTuple):
     mtu: int = 0
 
 
-class Neighbour(NamedTuple):
-    """Its NUD_ state and link-layer address."""
-
-    state: int
-    mac: bytes
-
-
 Neighbours = Mapping[tuple[int, str], Neighbour]  # by (ifindex, address)
-Route = Mapping[str, Any]
 UNKNOWN: Final = Neighbour(0, b"")
 
 
@@ -78,7 +70,8 @@ class NextHops:
         self.reached: dict[Hop, Reached] = {}
         self._on_change, self._on_stale = on_change, on_stale
         self._hops: frozenset[Hop] = frozenset()
-        self._routes: dict[Hop, tuple[Route | None, str]] = {}  # the route, and the source if it is `named`
+        self._routes: dict[Hop, tuple[Route | None, str]] = {}  # and the source if it is `named`
+        self._neighbours: dict[tuple[int, str], Neighbour] | None = None  # None: to be asked for
         self._changed = asyncio.Event()
 
     def follow(self, hops: AbstractSet[Hop]) -> None:
@@ -93,6 +86,7 @@ class NextHops:
     def look_again(self) -> None:
         """Links changed, and routes with them: not every kernel tells of these."""
         self._routes.clear()
+        self._neighbours = None
         self._changed.set()
 
     async def run(self) -> None:
@@ -105,17 +99,36 @@ class NextHops:
                 events.bind((0, RTMGRP_NEIGH | RTMGRP_IPV4_ROUTE | RTMGRP_IPV6_ROUTE))
                 async with AsyncIPRoute(groups=0) as netlink:
                     self._routes.clear()
+                    self._neighbours = None
                     await self._follow(events, netlink)
 
     async def _follow(self, events: socket.socket, netlink: AsyncIPRoute) -> None:
         while self._hops:
             start = time.monotonic()
-            if _routes_changed(events):
-                self._routes.clear()
+            self._take(events)
             self._changed.clear()
             await self._look(netlink)
             await asyncio.sleep(max(PAUSE, SHARE * (time.monotonic() - start)))
             await self._woken(events)
+
+    def _take(self, events: socket.socket) -> None:
+        """Read what waits. Neighbours are as their messages say; after a change of routes, all are asked for."""
+        try:
+            while data := events.recv(65536):
+                for kind, body in rtnetlink.messages(data):
+                    self._take_one(kind, body)
+        except BlockingIOError:
+            return
+        except OSError as error:  # ENOBUFS: something was missed
+            log.debug("netlink: %s", error)
+            self.look_again()
+
+    def _take_one(self, kind: int, body: bytes) -> None:
+        if kind in (RTM_NEWROUTE, RTM_DELROUTE):
+            self._routes.clear()
+        elif self._neighbours is not None and kind in (RTM_NEWNEIGH, RTM_DELNEIGH):
+            who, neighbour = rtnetlink.read_neighbour(body)
+            self._neighbours[who] = neighbour if kind == RTM_NEWNEIGH else UNKNOWN
 
     async def _woken(self, events: socket.socket) -> None:
         """Until an event comes, or other hops are asked for."""
@@ -129,15 +142,16 @@ class NextHops:
     async def _look(self, netlink: AsyncIPRoute) -> None:
         before, hops = self.problems, self._hops
         try:
-            neighbours = await _neighbours(netlink)
-            for hop in hops - self._routes.keys():
-                self._routes[hop] = await _route(netlink, hop), await _source(netlink, hop)
+            if self._neighbours is None:
+                self._neighbours = await _neighbours(netlink)
+            await self._ask_routes(hops - self._routes.keys())
         except NetlinkDumpInterrupted:  # it changed meanwhile
             self._changed.set()
             return
         except (NetlinkError, OSError) as error:
             log.error("cannot look at routes and neighbours: %s; trying again at the next change", error)
             return
+        neighbours = self._neighbours
         for hop in self._routes.keys() - self._hops:
             del self._routes[hop]
         found = {hop: judge(hop, route, neighbours, hop in before) for hop, (route, _) in self._routes.items()}
@@ -147,6 +161,15 @@ class NextHops:
             self.reached.clear()  # others hold this very dict
             self.reached.update(reached)
             self._on_change()
+
+    async def _ask_routes(self, hops: AbstractSet[Hop]) -> None:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0) as sock:
+            for number, hop in enumerate(hops):
+                if number % AT_ONCE == AT_ONCE - 1:
+                    await asyncio.sleep(0)
+                route = rtnetlink.get_route(sock, hop.address, hop.ifindex, match=True)
+                used = rtnetlink.get_route(sock, hop.address, hop.ifindex, match=False) if hop.named else None
+                self._routes[hop] = route, used.source if used else ""
 
     def _reach(self, hop: Hop, neighbours: Neighbours) -> Reached | None:
         route, source = self._routes[hop]
@@ -162,33 +185,10 @@ class NextHops:
             return None
         if neighbour.state & NUD_STALE:
             self._on_stale(hop.ifindex, gateway)
-        metrics = _attribute(route, "RTA_METRICS")
-        mtu = _attribute(metrics, "RTAX_MTU") if isinstance(metrics, Mapping) else None
-        return Reached(neighbour.mac, source, int(str(mtu or 0)))
+        return Reached(neighbour.mac, source, route.mtu)
 
 
-def _routes_changed(events: socket.socket) -> bool:
-    """Read what waits, which only says "look"; whether more than neighbours changed, or something was missed."""
-    found = False
-    try:
-        while data := events.recv(65536):
-            found |= any(kind in (RTM_NEWROUTE, RTM_DELROUTE) for kind in _kinds(data))
-    except BlockingIOError:
-        return found
-    except OSError as error:
-        log.debug("netlink: %s", error)
-    return True
-
-
-def _kinds(data: bytes) -> Iterator[int]:
-    """The types of netlink messages (struct nlmsghdr)."""
-    while len(data) >= _MESSAGE.size:
-        length, kind = _MESSAGE.unpack_from(data)
-        yield kind
-        data = data[max(-(-length // 4) * 4, _MESSAGE.size) :]
-
-
-async def _neighbours(netlink: AsyncIPRoute) -> Neighbours:
+async def _neighbours(netlink: AsyncIPRoute) -> dict[tuple[int, str], Neighbour]:
     found: dict[tuple[int, str], Neighbour] = {}
     async for message in await netlink.neigh("dump"):
         mac = bytes.fromhex((message.get("lladdr") or "").replace(":", ""))
@@ -196,28 +196,8 @@ async def _neighbours(netlink: AsyncIPRoute) -> Neighbours:
     return found
 
 
-async def _route(netlink: AsyncIPRoute, hop: Hop) -> Route | None:
-    """The route that a datagram to it would take out of this interface, None when there is none."""
-    try:
-        (route,) = await netlink.route("get", dst=hop.address, oif=hop.ifindex, flags=RTM_F_FIB_MATCH)
-    except NetlinkError:
-        return None
-    return dict(route)
-
-
-async def _source(netlink: AsyncIPRoute, hop: Hop) -> str:
-    """The source address that it would have, for a `named` hop; empty when the kernel finds none."""
-    if not hop.named:
-        return ""
-    try:
-        (route,) = await netlink.route("get", dst=hop.address, oif=hop.ifindex)
-    except NetlinkError:
-        return ""
-    return str(_attribute(route, "RTA_PREFSRC") or "")
-
-
 def _gateway(hop: Hop, route: Route | None) -> str:
-    return str((route and _attribute(route, "RTA_GATEWAY")) or hop.address)
+    return (route and route.gateway) or hop.address
 
 
 def judge(hop: Hop, route: Route | None, neighbours: Neighbours, before: bool) -> str:
@@ -236,7 +216,3 @@ def judge(hop: Hop, route: Route | None, neighbours: Neighbours, before: bool) -
         via = "" if gateway == hop.address else f", the gateway to {hop.address},"
         return f"no neighbour: {gateway}{via} does not answer"
     return ""
-
-
-def _attribute(message: Mapping[str, Any], name: str) -> object:
-    return dict(message["attrs"]).get(name)

@@ -263,13 +263,14 @@ def _plan_output(rule: Rule, output: Output, slots: Slots, links: LinkTable, ids
 def own_sources(plans: Iterable[RulePlan], links: LinkTable) -> dict[int, tuple[int, ...]]:
     """By family, the addresses that this relay sends from, as integers in order."""
     found: dict[int, set[int]] = {4: set(), 6: set()}
-    for output in (output for plan in plans for output in plan.rule.to):
-        link = links.by_name.get(output.interface)
-        if link is not None and output.source == "egress":
+    senders = {(output.interface, output.source) for plan in plans for output in plan.rule.to}
+    for interface, source in senders:
+        link = links.by_name.get(interface)
+        if link is not None and source == "egress":
             found[4] |= {int(IPv4Address(address)) for address in link.ipv4}
             found[6] |= {int(IPv6Address(address)) for address in link.ipv6}
-        elif not isinstance(output.source, str):
-            found[output.source.version].add(int(output.source))
+        elif not isinstance(source, str):
+            found[source.version].add(int(source))
     return {family: tuple(sorted(addresses)) for family, addresses in found.items()}
 
 

@@ -163,27 +163,28 @@ def check_loops(rules: Iterable[Rule], file: str) -> list[Issue]:
 
 def _loops(rules: Iterable[Rule]) -> list[list[Rule]]:
     """Loops of two rules and more (a Rule refuses its own), each without a rule of the ones before it."""
-    graph = _graph([rule for rule in rules if not rule.allow_loop])
+    judged = [rule for rule in rules if not rule.allow_loop]
+    graph = _graph(judged)
     loops: list[list[Rule]] = []
     while True:
         try:
             graphlib.TopologicalSorter(graph).prepare()
             return loops
         except graphlib.CycleError as error:
-            loop: list[Rule] = error.args[1]
-            loops.append(loop)
-            graph = {rule: fed - set(loop) for rule, fed in graph.items() if rule not in loop}
+            loop: list[int] = error.args[1]
+            loops.append([judged[at] for at in loop])
+            graph = {at: fed - set(loop) for at, fed in graph.items() if at not in loop}
 
 
-def _graph(rules: Sequence[Rule]) -> dict[Rule, set[Rule]]:
-    """For each rule, the others that feed it."""
-    listening: dict[str, list[Rule]] = defaultdict(list)
-    for rule in rules:
-        listening[rule.from_.interface].append(rule)
-    graph: dict[Rule, set[Rule]] = {rule: set() for rule in rules}
-    for rule in rules:
+def _graph(rules: Sequence[Rule]) -> dict[int, set[int]]:
+    """For each rule that another feeds, those others; rules by their place, since hashing one takes long."""
+    listening: dict[str, list[int]] = defaultdict(list)
+    for at, rule in enumerate(rules):
+        listening[rule.from_.interface].append(at)
+    graph: dict[int, set[int]] = defaultdict(set)
+    for at, rule in enumerate(rules):
         for output in rule.to:
-            fed = [other for other in listening[output.interface] if feeds(output, rule.from_, other.from_)]
-            for other in fed:
-                graph[other].add(rule)
+            for other in listening.get(output.interface, ()):
+                if feeds(output, rule.from_, rules[other].from_):
+                    graph[other].add(at)
     return graph

@@ -216,7 +216,9 @@ class WorkerChild(Child):
 def end_all(children: list[Child], message: Message, seconds: float) -> None:
     """Ask all to stop, wait, then insist."""
     alive = {child.pidfd: child for child in children if child.process is not None}
-    for child in alive.values():
+    poll = select.poll()  # not select(2): descriptors may lie above 1023
+    for pidfd, child in alive.items():
+        poll.register(pidfd, select.POLLIN)
         child.tell(message)
     deadline = time.monotonic() + seconds
     while alive:
@@ -224,7 +226,8 @@ def end_all(children: list[Child], message: Message, seconds: float) -> None:
         if left <= 0:
             for child in alive.values():
                 child.kill()
-        for pidfd in select.select(list(alive), [], [], max(left, 0.1))[0]:
+        for pidfd, _ in poll.poll(max(left, 0.1) * 1000):
+            poll.unregister(pidfd)
             alive.pop(pidfd).ended()
 
 

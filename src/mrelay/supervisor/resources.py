@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mrelay.counters_size import MAX_LINKS
-from mrelay.kernel import ethtool, neighbour, packet, udp
+from mrelay.kernel import ethtool, packet, rtnetlink, udp
 from mrelay.kernel.membership import MembershipPool, UnicastPool
 from mrelay.messages import HoldUnicast, JoinGroup, OpenEgress, OpenIngress, Resource, SetGro
 from mrelay.supervisor import fdstore
@@ -221,7 +221,7 @@ def probe_neighbour(ifindex: int, address: str) -> None:
     _require(not target.is_multicast and not target.is_unspecified, f"{target} is no neighbour")
     _require(0 < ifindex <= _MAX_INT, f"interface {ifindex}")
     with contextlib.suppress(OSError):
-        neighbour.probe(ifindex, address)
+        rtnetlink.probe(ifindex, address)
 
 
 def _nothing() -> None:
