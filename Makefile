@@ -30,7 +30,7 @@ $(DEV): $(PROGRAM) requirements-dev.lock
 	@touch $@
 
 demo: $(PROGRAM) ## source, relay and receivers in namespaces of their own, live
-	@$(SETUP) root ip ethtool smcrouted
+	@$(SETUP) root ip ethtool smcrouted libbpf.so.1
 	@$(ROOT) $(VENV)/mrelay demo $(ARGS)
 
 test: $(DEV) ## all tests; those that build network namespaces run as root
@@ -53,11 +53,11 @@ fuzz: $(DEV) ## every parser and message, coverage-guided: INPUTS=1200000 in tot
 	FUZZ_EXAMPLES=500 $(VENV)/pytest --timeout 1800 tests/fuzz/test_api.py
 
 soak: $(DEV) ## a relay under mixed traffic and trouble for SECONDS=600: plots and a verdict
-	@$(SETUP) root ip ethtool
+	@$(SETUP) root ip ethtool libbpf.so.1
 	@$(ROOT) $(VENV)/python bench/soak.py --seconds $(SECONDS) $(ARGS)
 
 bench: $(DEV) ## throughput and latency beside socat and kernel multicast routing
-	@$(SETUP) root ip ethtool socat smcrouted
+	@$(SETUP) root ip ethtool socat smcrouted libbpf.so.1
 	@$(ROOT) $(VENV)/python bench/relay_bench.py $(ARGS)
 
 experiments: $(DEV) ## every experiment: a table of verdicts; fails when a claim no longer holds

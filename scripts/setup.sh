@@ -85,15 +85,15 @@ present() {
     esac
 }
 
-# optional WHAT: whether to do without it. Only some tests and experiments need libbpf, and they say so; older
-# releases have no package of it.
+# optional WHAT: whether to do without it. libbpf is for the fast path, which the relay can do without; older releases
+# have no package of it.
 optional() {
     [ "$1" = libbpf.so.1 ] || return 1
     if have apt-cache; then
         apt-cache show iproute2 >/dev/null 2>&1 || apt_update # a fresh image has no package lists
         apt-cache show libbpf1 >/dev/null 2>&1 && return 1
     fi
-    say "no package has $1 here (Debian 12, Ubuntu 24.04 and later do): what needs it will be skipped"
+    say "no package has $1 here (Debian 12, Ubuntu 24.04 and later do): no fast path, and its tests are skipped"
 }
 
 install_tools() {

@@ -38,7 +38,7 @@ DROP_REASONS: Final = (
 NO_RULE, NOT_UDP, MALFORMED, TRUNCATED, FRAGMENT, TTL_EXPIRED, TOO_BIG = range(7)
 NO_NEIGHBOUR, TX_ERROR, RING_FULL, RATE_LIMITED, LOOP, NO_OUTPUT, MISS_LIMITED = range(7, 14)
 
-RECEIVED, MATCHED = range(2)
+RECEIVED, MATCHED, CARRIED = range(3)  # the last: of the matched, by the fast path
 
 U64 = NDArray[np.uint64]
 
@@ -57,8 +57,8 @@ def sound_keys(keys: U64) -> NDArray[np.bool_]:
 class Counters:
     """NumPy views over one worker's shared memory.
 
-    `totals` u64[8]: received, matched. `drops` u64[len(DROP_REASONS)]. `keys` u64[5, F]: source high and low,
-    group high and low, then port | vlan << 16 | family << 32 | ifindex << 40 (0: empty slot).
+    `totals` u64[8]: received, matched, carried. `drops` u64[len(DROP_REASONS)]. `keys` u64[5, F]: source high
+    and low, group high and low, then port | vlan << 16 | family << 32 | ifindex << 40 (0: empty slot).
     `flows` u64[2, F]: packets, bytes; `folded`, the part of
     them that `rules` and `links` have; `kernel`, what the fast path's own counters of the slot held when they were
     last added to `flows`. `rules` u64[2, MAX_RULES]: packets, bytes.
@@ -96,3 +96,8 @@ class Counters:
     def matched(self) -> int:
         """Datagrams that at least one output took; received = matched + sum(drops)."""
         return int(self.totals[MATCHED])
+
+    @property
+    def carried(self) -> int:
+        """Those of the matched that the kernel's fast path carried."""
+        return int(self.totals[CARRIED])

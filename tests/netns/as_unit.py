@@ -25,7 +25,7 @@ EPERM: Final = 1
 NUMBERS: Final = Path(f"/usr/include/{platform.machine()}-linux-gnu/asm/unistd_64.h")
 CAPS: Final = {
     "CAP_CHOWN": 0, "CAP_DAC_OVERRIDE": 1, "CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SETPCAP": 8,
-    "CAP_NET_BIND_SERVICE": 10, "CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13,
+    "CAP_NET_BIND_SERVICE": 10, "CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_PERFMON": 38, "CAP_BPF": 39,
 }  # fmt: skip
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -82,13 +82,18 @@ def filter_calls(names: set[str]) -> None:
     prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.c_char_p(prog))
 
 
-def protect_files(writable: list[str]) -> None:
-    """All mounts read-only for us, but these folders."""
+def protect_files(writable: list[str], binds: list[str]) -> None:
+    """All mounts read-only for us, but these folders; `binds`: SOURCE:TARGET, one with a dash may be missing."""
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
-    for folder in writable:
-        subprocess.run(["mount", "--bind", folder, folder], check=True)
+    shown = {folder: folder for folder in writable}
+    for bind in binds:
+        source, target = bind.removeprefix("-").split(":")
+        if os.path.exists(source) or not bind.startswith("-"):
+            shown[target] = source
+    for target, source in shown.items():
+        subprocess.run(["mount", "--bind", source, target], check=True)
     targets = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-    for target in set(targets) - set(writable):
+    for target in set(targets) - shown.keys():
         if not target.startswith(("/proc", "/sys", "/dev")):
             subprocess.run(["mount", "-o", "remount,bind,ro", target], check=True)
 
@@ -116,7 +121,7 @@ def main() -> None:
     """Everything in systemd's order, then the command."""
     unit = read_unit(sys.argv[1])
     calls = system_calls(unit["SystemCallFilter"])
-    protect_files(unit["ReadWritePaths"][0].split())
+    protect_files(unit["ReadWritePaths"][0].split(), unit["BindPaths"][0].split())
     ambient, bounding = (
         [CAPS[name] for name in unit[key][0].split()] for key in ("AmbientCapabilities", "CapabilityBoundingSet")
     )

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pwd
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from manager import Manager
 from mrelay import __version__
+from mrelay.kernel import libbpf
 from netns import as_unit
 from netns.lab import Lab, Namespace, eventually
 from netns.traffic import Capture, Sender
@@ -22,6 +24,8 @@ from netns.traffic import Capture, Sender
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(240)]
 TREE = Path(__file__).resolve().parents[2]
 UNIT = Path("/lib/systemd/system/mrelay.service")
+TMPFILES = "systemd-tmpfiles --create /usr/lib/tmpfiles.d/mrelay.conf"
+PINS = Path("/sys/fs/bpf/mrelay")
 USERS = ("mrelay", "mrelay-worker", "mrelay-supervisor")
 OURS = (
     "/usr/bin/mrelay", "/usr/lib/mrelay", UNIT,
@@ -30,7 +34,7 @@ OURS = (
 )  # fmt: skip
 KEPT = ("/etc/mrelay/relay.toml", "/var/lib/mrelay")
 TRACES = (  # everything that the package may leave on a machine
-    *OURS, *KEPT, "/etc/mrelay", "/run/mrelay", "/etc/systemd/system/mrelay.service",
+    *OURS, *KEPT, "/etc/mrelay", "/run/mrelay", "/sys/fs/bpf/mrelay", "/etc/systemd/system/mrelay.service",
     "/etc/systemd/system/multi-user.target.wants/mrelay.service",
 )  # fmt: skip
 
@@ -74,6 +78,7 @@ def installed() -> Iterator[None]:
         "systemd-tmpfiles",
         "deb-systemd-helper",
         "systemd-analyze",
+        "nsenter",
     ):
         if shutil.which(tool) is None:
             pytest.skip(f"needs the command {tool}")
@@ -104,11 +109,12 @@ def children(pid: int) -> list[int]:
 
 
 def start(namespace: Namespace, manager: Manager, log: Path) -> subprocess.Popen[bytes]:
-    """The installed unit's command, as the unit would start it."""
-    launcher = [sys.executable, as_unit.__file__, str(UNIT)]
+    """The installed unit's command, as the unit would start it, beside a BPF file system like systemd's."""
+    launcher = shlex.join([sys.executable, as_unit.__file__, str(UNIT)])
+    script = f"mount -t bpf -o mode=700 bpf /sys/fs/bpf && {TMPFILES} && exec {launcher}"
     with log.open("wb") as file:
         return subprocess.Popen(
-            ["ip", "netns", "exec", namespace.name, *launcher],
+            ["ip", "netns", "exec", namespace.name, "sh", "-c", script],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,
@@ -121,11 +127,32 @@ def use(relay: int, star_relay: Namespace) -> None:
     run("mrelay", "rule", "add", "a", "--from", "in0:239.1.1.1:5000", "--to", "out0:239.2.2.2:6000")
     assert "239.1.1.1" in star_relay.groups("in0")
     assert json.loads(run("mrelay", "rule", "list", "--json"))["rules"][0]["state"] == "up"
+    assert f"engine {engine()}" in run("mrelay", "doctor")
     owners = {pwd.getpwuid(int(status(pid)["Uid"][0])).pw_name for pid in children(relay)}
     assert owners == {"mrelay", "mrelay-worker"}
     assert pwd.getpwuid(int(status(relay)["Uid"][0])).pw_name == "mrelay-supervisor"
     for pid in children(relay):
         assert int(status(pid)["CapEff"][0], 16) == int(status(pid)["CapPrm"][0], 16) == 0
+
+
+def engine() -> str:
+    """The one that a relay with the unit's rights finds here."""
+    return "uring" if libbpf.available() else "ebpf"
+
+
+def end_and_flush(process: subprocess.Popen[bytes], namespace: Namespace) -> None:
+    """End it as a restart does; what it leaves in the kernel, `mrelay stop --flush` finds from root's shell."""
+    mounts = os.open(f"/proc/{process.pid}/ns/mnt", os.O_RDONLY)
+    try:
+        shell = ("nsenter", f"--mount=/proc/{os.getpid()}/fd/{mounts}", f"--net=/run/netns/{namespace.name}")
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(20) == 0
+        if engine() == "ebpf":
+            assert "link-" in run(*shell, "find", str(PINS))
+            assert "forwards no more at 1 interface" in run(*shell, "mrelay", "stop", "--flush")
+        assert run(*shell, "find", str(PINS)).split() == [str(PINS)]
+    finally:
+        os.close(mounts)
 
 
 def test_from_build_to_purge(lab: Lab, folder: Path, installed: None) -> None:
@@ -142,8 +169,7 @@ def test_from_build_to_purge(lab: Lab, folder: Path, installed: None) -> None:
             use(process.pid, star.relay)
             sender.send("239.1.1.1", 5000, [b"installed"])
             assert wire.wait(1)[0].payload == b"installed"
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0, log.read_text()
+            end_and_flush(process, star.relay)
         except BaseException as error:
             error.add_note(log.read_text())
             raise

@@ -2,12 +2,18 @@
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from manager import Manager
+from mrelay.ebpf import load
+from mrelay.kernel import libbpf
 from netns.lab import Lab, eventually
 from netns.relay import Relay, rule
 
@@ -51,6 +57,32 @@ def test_a_stopped_supervisor_does_not_ping(lab: Lab, folder: Path, monkeypatch:
             assert manager.take(1.0) == {}
             relay.signal(signal.SIGCONT)
             manager.wait("WATCHDOG", "1")
+
+
+@pytest.fixture
+def bpffs(folder: Path) -> Iterator[Path]:
+    """A BPF file system of the test's own."""
+    subprocess.run(["mount", "-t", "bpf", "bpf", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_restart_leaves_the_fast_path_and_a_stop_ends_it(lab: Lab, bpffs: Path) -> None:
+    if problem := libbpf.available() or load.missing() or load.outdated():
+        pytest.skip(f"needs the fast path: {problem}")
+    star, pins = lab.star(), bpffs / "pins"  # made by the relay
+    there = Path(tempfile.mkdtemp(prefix="mrelay-test-"))
+    try:
+        relay = Relay(star.relay, CONFIG, folder=there, arguments=("--pin-dir", str(pins)))
+        relay.start().wait_ready()
+        relay.signal(signal.SIGUSR1)  # RestartKillSignal= of the unit
+        assert relay.process is not None and relay.process.wait(20) == 0
+        assert len(list(pins.glob("*/link-*"))) == 1
+        with Relay(star.relay, CONFIG, folder=there, arguments=("--pin-dir", str(pins))) as relay:
+            assert "going on with what a relay before us left" in relay.stderr
+        assert not list(pins.iterdir()), "SIGTERM ends all"
+    finally:
+        shutil.rmtree(there)
 
 
 def test_json_logs_and_levels_at_run_time(lab: Lab) -> None:

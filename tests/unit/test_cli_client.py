@@ -65,6 +65,9 @@ STATS = {
         }
     ],
     "flows": 1,
+    "engines": {"ebpf": 1, "uring": 0},
+    "carried": 1000,
+    "passed": {"no_flow": 12, "shape": 0, "waiting": 3},
 }
 WORKER = {
     "worker": 0,
@@ -76,6 +79,7 @@ WORKER = {
     "egress": "io_uring",
     "flows": 7,
     "received": 1_000_000,
+    "carried": 900_000,
     "cpu_percent": 41.7,
 }
 
@@ -128,15 +132,21 @@ def test_stats_add_up_and_hide_reasons_that_never_happened(run: Run, relay: Fake
     relay.answer("GET /v1/stats", STATS)
     out = run("stats").out
     assert "received 1,500 = matched 1,200 + dropped 300; 1 flow" in out
+    assert "the kernel carried 1,000, the slow path 500; frames it passed on: no_flow 12, waiting 3\n" in out
     assert "1.20 MB" in out
     assert "no_rule" in out
     assert "fragment" not in out
 
 
+def test_stats_without_a_fast_path_are_silent_about_it(run: Run, relay: FakeRelay) -> None:
+    relay.answer("GET /v1/stats", STATS | {"carried": 0, "passed": {}})
+    assert "kernel" not in run("stats").out
+
+
 def test_workers(run: Run, relay: FakeRelay) -> None:
     relay.answer("GET /v1/workers", {"workers": [WORKER]})
     row = run("workers").out.splitlines()[1].split()
-    assert row == ["0", "1", "-", "restarting", "3", "0", "io_uring", "7", "1,000,000", "42", "%"]
+    assert row == ["0", "1", "-", "restarting", "3", "0", "io_uring", "7", "1,000,000", "900,000", "42", "%"]
 
 
 def test_rule_list_shows_the_state_of_rules_and_outputs(run: Run, relay: FakeRelay) -> None:

@@ -10,13 +10,16 @@ import pytest
 from fake_relay import FakeRelay, Run
 from mrelay.cli import doctor, host
 from mrelay.cli.doctor import Finding
-from mrelay.kernel import caps, ethtool
+from mrelay.ebpf import load
+from mrelay.ebpf.carry import CHOSEN
+from mrelay.kernel import caps, ethtool, libbpf
 
 HEALTH = {
     "ready": True,
     "version": "0.1.0",
     "pid": 1,
-    "engine": "uring",
+    "engine": "ebpf",
+    "no_fast_path": "",
     "egress": "io_uring",
     "uptime": 3.0,
     "landlock": 7,
@@ -39,8 +42,12 @@ def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
         "net.ipv4.igmp_max_msf": 10,
         "net.core.rmem_max": 1 << 25,
         "kernel.io_uring_disabled": 0,
+        "net.core.bpf_jit_enable": 1,
     }
     monkeypatch.setattr(host, "sysctl", values.get)
+    monkeypatch.setattr(libbpf, "available", lambda: "")
+    monkeypatch.setattr(libbpf, "is_bpffs", lambda _: True)
+    monkeypatch.setattr(load, "missing", lambda: "")
     monkeypatch.setattr(host, "try_io_uring", lambda: 0)
     monkeypatch.setattr(host, "holds", lambda _: True)
     monkeypatch.setattr(host, "may_hold", lambda _: True)
@@ -68,7 +75,7 @@ def test_a_good_host(run: Run, relay: FakeRelay) -> None:
     relay.answer("GET /v1/health", HEALTH)
     found = findings(run)
     assert {each.verdict for each in found.values()} == {"ok"}
-    assert found["relay"].found == "0.1.0 is ready, engine uring, egress io_uring, seccomp and Landlock ABI 7"
+    assert found["relay"].found == "0.1.0 is ready, engine ebpf, egress io_uring, seccomp and Landlock ABI 7"
     assert "offloads of lo" not in found
     assert "switches it on" in found["offloads of eth0"].consequence
 
@@ -85,7 +92,46 @@ def test_without_a_relay_the_host_is_still_judged(run: Run, tmp_path: Path) -> N
 )
 def test_kernel(run: Run, monkeypatch: pytest.MonkeyPatch, release: str, verdict: str) -> None:
     monkeypatch.setattr("os.uname", lambda: Uname(release))
-    assert findings(run, status=int(verdict == "bad"))["kernel"].verdict == verdict
+    found = findings(run, status=int(verdict == "bad"))
+    assert found["kernel"].verdict == verdict
+    assert found["kernel for the fast path"].verdict == ("ok" if verdict == "ok" else "warn")
+    assert found["tc ingress"].found == "clsact"
+
+
+@pytest.mark.parametrize(
+    ("where", "says", "check", "remedy"),
+    [
+        ("libbpf.available", "libbpf.so.1 is not installed", "libbpf", "apt install libbpf1"),
+        ("load.missing", "built without kernel programs", "kernel programs", "make"),
+        ("is_bpffs", "", "BPF file system", "mount -t bpf -o mode=700 bpf /sys/fs/bpf"),
+    ],
+)
+def test_what_the_fast_path_lacks(
+    run: Run, monkeypatch: pytest.MonkeyPatch, where: str, says: str, check: str, remedy: str
+) -> None:
+    module = load if where.startswith("load") else libbpf
+    monkeypatch.setattr(module, where.rpartition(".")[2], lambda *_: says)
+    found = findings(run)[check]
+    assert found.verdict == "warn"
+    assert found.consequence
+    assert remedy in found.remedy
+
+
+@pytest.mark.parametrize(("cap", "says"), [(caps.CAP_BPF, "user space"), (caps.CAP_PERFMON, "CPU")])
+def test_the_fast_paths_capabilities(run: Run, monkeypatch: pytest.MonkeyPatch, cap: int, says: str) -> None:
+    monkeypatch.setattr(host, "may_hold", lambda asked: asked != cap)
+    monkeypatch.setattr(host, "holds", lambda asked: asked != cap)
+    found = findings(run)["capabilities for the fast path"]
+    assert found.verdict == "warn"
+    assert f"--cap-add {caps.NAMES[cap][4:]}" in found.remedy
+    assert says in found.consequence
+
+
+@pytest.mark.parametrize(("problem", "verdict"), [(CHOSEN, "ok"), ("libbpf.so.1 is not installed", "warn")])
+def test_a_relay_without_the_fast_path(run: Run, relay: FakeRelay, problem: str, verdict: str) -> None:
+    relay.answer("GET /v1/health", HEALTH | {"engine": "uring", "no_fast_path": problem})
+    found = findings(run)["relay's fast path"]
+    assert (found.verdict, found.found) == (verdict, f"none: {problem}")
 
 
 @pytest.mark.parametrize(
@@ -145,12 +191,13 @@ def test_a_user_that_is_not_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_sysctls(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    values = {"net.ipv4.igmp_max_memberships": 0, "net.core.rmem_max": 212992}
+    values = {"net.ipv4.igmp_max_memberships": 0, "net.core.rmem_max": 212992, "net.core.bpf_jit_enable": 0}
     monkeypatch.setattr(host, "sysctl", values.get)
     found = findings(run, status=1)
     assert found["net.ipv4.igmp_max_memberships"].remedy == "sysctl -w net.ipv4.igmp_max_memberships=20"
     assert found["net.ipv4.igmp_max_msf"].verdict == "bad"
     assert found["net.core.rmem_max"].verdict == "warn"
+    assert found["net.core.bpf_jit_enable"].remedy == "sysctl -w net.core.bpf_jit_enable=1"
 
 
 def test_strict_reverse_path_filter_is_no_matter_to_the_relay(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,4 +236,5 @@ def test_the_real_host_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(host.reverse_path_filters()) == set(host.interfaces())
     assert isinstance(host.multicast_routing_interfaces(), list)
     assert host.try_io_uring() in (0, errno.EPERM, errno.ENOSYS)
+    assert isinstance(host.has_btf(), bool)
     assert host.holds(caps.CAP_KILL) <= host.may_hold(caps.CAP_KILL)

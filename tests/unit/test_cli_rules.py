@@ -9,6 +9,7 @@ import pytest
 
 from fake_relay import FakeRelay, Run
 from mrelay.cli import host
+from mrelay.ebpf import load
 
 FILE = """\
 # the studio's relay
@@ -229,6 +230,15 @@ def test_check_warns_of_a_limit_of_nought(
     monkeypatch.setattr(host, "sysctl", lambda _: 0)
     out = run("check", str(file)).out
     assert "sysctl -w net.ipv4.igmp_max_memberships=20" in out
+
+
+def test_check_warns_of_an_engine_that_is_not_to_be_had(
+    run: Run, file: Path, two_interfaces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "outdated", lambda: "Linux 5.4 is older than 5.19")
+    for engine, warned in (("ebpf", True), ("auto", False)):
+        file.write_text(f'[relay]\nengine = "{engine}"\n')
+        assert ("would not start: Linux 5.4" in run("check", str(file)).out) == warned
 
 
 def test_a_rate_is_sent_listed_and_saved(run: Run, relay: FakeRelay) -> None:

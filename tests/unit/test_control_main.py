@@ -20,6 +20,7 @@ import pytest
 from fake_roles import FakeSupervisor, run, until
 from mrelay import logs
 from mrelay.control.main import Control
+from mrelay.control.metrics import exposition
 from mrelay.control.state import NAME, StateFile
 from mrelay.messages import Held, OpenIngress, Reload, Resource, Setup, Stop, WorkerDown
 from mrelay.model.ruleset import FlowKey
@@ -142,7 +143,8 @@ def test_health(tmp_path: Path) -> None:
             assert health.pop("uptime") >= 0
             assert health.pop("version")
             assert health.pop("landlock") == 0
-            assert health == {"ready": True, "pid": os.getppid(), "engine": "uring", "egress": "io_uring"}
+            engine = {"engine": "uring", "no_fast_path": 'engine = "uring"'}
+            assert health == {"ready": True, "pid": os.getppid(), "egress": "io_uring", **engine}
 
     run(work)
 
@@ -298,6 +300,7 @@ def test_numbers(tmp_path: Path) -> None:
             counters = worker.counters
             worker.count(7)
             counters.totals[0] += 3
+            counters.totals[2] += 5
             counters.drops[0] += 3
             counters.rules[:, 0] = 7, 700
             counters.links[:, 0] = 6, 600, 1
@@ -306,7 +309,8 @@ def test_numbers(tmp_path: Path) -> None:
             counters.flows[:, 5] = 7, 700
             stats = (await it.api("GET", "/v1/stats")).body
             assert (stats["received"], stats["matched"], stats["drops"]["no_rule"]) == (10, 7, 3)
-            assert stats["flows"] == 1
+            assert (stats["flows"], stats["engines"]) == (1, {"ebpf": 0, "uring": 1})
+            assert (stats["carried"], stats["passed"]) == (5, {})
             (rule,) = stats["rules"]
             assert (rule["name"], rule["packets"], rule["bytes"]) == ("a", 7, 700)
             output = {"to": "lo:239.2.2.2:6000", "state": "up", "packets": 6, "bytes": 600, "errors": 1}
@@ -319,8 +323,19 @@ def test_numbers(tmp_path: Path) -> None:
             assert 'mrelay_dropped_datagrams_total{reason="no_rule"} 3.0' in text
             assert 'mrelay_output_errors_total{output="lo:239.2.2.2:6000",rule="a"} 1.0' in text
             assert 'mrelay_rule_up{rule="a"} 1.0' in text
+            assert "mrelay_carried_datagrams_total 5.0" in text
+            assert 'mrelay_engine_flows{engine="uring"} 1.0' in text
 
     run(work)
+
+
+def test_metrics_of_the_fast_path() -> None:
+    stats: dict[str, Any] = {"received": 9, "matched": 9, "drops": {}, "rules": [], "flows": 3}
+    fast = {"engines": {"ebpf": 2, "uring": 1}, "carried": 8, "passed": {"no_flow": 4}}
+    text = exposition(stats | fast, {"workers": []}, {"rules": []}).decode()
+    assert "mrelay_carried_datagrams_total 8.0" in text
+    assert 'mrelay_slow_path_frames_total{reason="no_flow"} 4.0' in text
+    assert 'mrelay_engine_flows{engine="ebpf"} 2.0' in text
 
 
 def test_workers(tmp_path: Path) -> None:
@@ -336,7 +351,7 @@ def test_workers(tmp_path: Path) -> None:
                 "restarts": 0,
                 "repairs": 0,
             }
-            assert worker == {**expected, "egress": "io_uring", "flows": 0, "received": 0}
+            assert worker == {**expected, "egress": "io_uring", "flows": 0, "received": 0, "carried": 0}
             it.fake.channel.send(WorkerDown(0, 1, "signal SIGKILL", "", 0.0))
             while True:
                 (worker,) = (await it.api("GET", "/v1/workers")).body["workers"]

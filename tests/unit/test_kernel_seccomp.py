@@ -215,6 +215,11 @@ ARGUMENTS: list[tuple[str, str, tuple[int, ...], tuple[int, ...]]] = [
     ("worker", "setsockopt", (3, 1, 26), (3, 1, 50)),  # SO_ATTACH_FILTER, SO_ATTACH_BPF
     ("worker", "setsockopt", (3, 41, 18), (3, 263, 18)),  # IPV6_MULTICAST_HOPS, PACKET_FANOUT
     ("control", "setsockopt", (3, 1, 7), (3, 1, 26)),  # SO_SNDBUF, SO_ATTACH_FILTER
+    ("worker", "setsockopt", (3, 1, 26), (3, 1, 27)),  # SO_ATTACH_FILTER, SO_DETACH_FILTER
+    ("worker", "bpf", (2,), (0,)),  # BPF_MAP_UPDATE_ELEM, BPF_MAP_CREATE
+    ("control", "bpf", (3,), (5,)),  # BPF_MAP_DELETE_ELEM, BPF_PROG_LOAD
+    ("worker", "bpf", (24,), (14,)),  # BPF_MAP_LOOKUP_BATCH, BPF_MAP_GET_FD_BY_ID
+    ("control", "bpf", (4,), (7,)),  # BPF_MAP_GET_NEXT_KEY, BPF_OBJ_GET
 ]
 
 

@@ -59,7 +59,7 @@ COMMANDS: Final = (
         "doctor",
         "mrelay.cli.doctor:doctor",
         RUN,
-        "Check this host: kernel, io_uring, capabilities, sysctls, offloads.\n\n"
+        "Check this host: kernel, io_uring, the fast path, capabilities, sysctls, offloads.\n\n"
         "Each finding says what follows from it and the command that changes it. Exit 1 if anything is bad.",
         ("mrelay doctor", "sudo mrelay doctor --json"),
     ),
@@ -94,7 +94,7 @@ COMMANDS: Final = (
         "Streams that the kernel's fast path carries go on, and the next relay takes them over without a gap, "
         "for an upgrade, say. Their memberships last as long as a service manager keeps them. With --flush all "
         "ends; when no relay runs, what an earlier one left in the kernel is removed (as root). SIGTERM ends "
-        "all, too.",
+        "all, too; SIGUSR1 is like this command without --flush.",
         ("mrelay stop", "sudo mrelay stop --flush"),
     ),
     Command(

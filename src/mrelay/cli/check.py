@@ -14,6 +14,8 @@ from mrelay.cli import files, host, output
 from mrelay.cli.failure import FAILED, Failure
 from mrelay.cli.options import AsJson
 from mrelay.control.want import MAX_HOLDS, MAX_JOINS
+from mrelay.ebpf import load
+from mrelay.kernel import libbpf
 from mrelay.model.config import Config, ConfigError, load_config
 from mrelay.model.endpoint import Input, text_of
 from mrelay.model.issue import Issue
@@ -59,7 +61,7 @@ def check(
     except Failure as failure:
         raise Failure(*failure.lines, status=FAILED) from failure
     joins = [_join(rule) for rule in config.rules]
-    warnings = list(_warnings(config.rules))
+    warnings = [*_engine(config), *_warnings(config.rules)]
     if as_json:
         output.print_json(_report(file, config, joins, warnings))
     else:
@@ -127,6 +129,13 @@ def _how(origin: Input) -> str:
     joined = f"join {output.plural(groups, 'group')}" if groups > 1 else "join"
     one_source = origin.source is not None and origin.source.num_addresses == 1
     return f"{joined} from {text_of(origin.source)}" if one_source and origin.source else joined
+
+
+def _engine(config: Config) -> Iterator[Warn]:
+    problem = libbpf.available() or load.missing() or load.outdated()
+    if config.relay.engine == "ebpf" and problem:
+        remedy = 'set engine = "auto" under [relay] to do without'
+        yield Warn("", f'engine = "ebpf", and a relay here would not start: {problem}', remedy)
 
 
 def _warnings(rules: Sequence[Rule]) -> Iterator[Warn]:

@@ -18,7 +18,10 @@ from mrelay.cli import host, output
 from mrelay.cli.client import Client
 from mrelay.cli.failure import FAILED, NOT_PERMITTED, Failure
 from mrelay.cli.options import DEFAULT_SOCKET, AsJson, Socket
-from mrelay.kernel import caps, ethtool
+from mrelay.ebpf import load
+from mrelay.ebpf.carry import CHOSEN
+from mrelay.ebpf.pins import PIN_DIR
+from mrelay.kernel import caps, ethtool, libbpf
 from mrelay.supervisor.host import CONTROL_USER, WORKER_USER
 
 Verdict = Literal["ok", "warn", "bad"]
@@ -33,6 +36,12 @@ _NEEDED: Final = {
     caps.CAP_SETGID: "run its workers as another group",
     caps.CAP_KILL: "end its workers",
 }
+
+_NEEDED_BY_THE_FAST_PATH: Final = {
+    caps.CAP_BPF: "load the fast path: it forwards in user space",
+    caps.CAP_PERFMON: "load it without barriers against speculative execution: it costs more CPU",
+}
+_NO_FAST_PATH: Final = "no kernel fast path: every datagram passes through a worker"
 
 
 @dataclass(frozen=True)
@@ -78,10 +87,13 @@ def _view(findings: list[Finding]) -> RenderableType:
 # ---- the host ----------------------------------------------------------------------------------
 
 
+def _version() -> tuple[int, int]:
+    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
 def _kernel() -> Iterator[Finding]:
-    release = os.uname().release
-    found = re.match(r"(\d+)\.(\d+)", release)
-    version = (int(found[1]), int(found[2])) if found else (0, 0)
+    release, version = os.uname().release, _version()
     if version < (5, 3):  # pidfd_open; SO_BINDTOIFINDEX is 5.1, PACKET_IGNORE_OUTGOING 4.20
         why = "before 5.3 a relay cannot watch its processes or bind its outputs"
         yield Finding("kernel", "bad", release, why, "upgrade the kernel, 6.1 or later for all there is")
@@ -127,6 +139,69 @@ def _capabilities() -> Iterator[Finding]:
         yield Finding("capabilities", "warn", f"you lack {names}", why, remedy)
     if not withheld and not absent:
         yield Finding("capabilities", "ok", "all that a relay needs")
+
+
+def _fast_path() -> Iterator[Finding]:
+    """What the kernel's fast path needs; without it all works, so nothing here is bad."""
+    for check, problem, remedy in (
+        ("libbpf", libbpf.available(), "apt install libbpf1"),
+        ("kernel programs", load.missing(), "reinstall mrelay; in a source tree: make"),
+        ("kernel for the fast path", load.outdated(), "upgrade the kernel, 6.6 or later for all there is"),
+    ):
+        if problem:
+            yield Finding(check, "warn", problem, _NO_FAST_PATH, remedy)
+        else:
+            yield Finding(check, "ok", "there" if check != "kernel for the fast path" else os.uname().release)
+    yield _tc()
+    yield from _fast_path_capabilities()
+    yield _pins()
+    yield from _bpf_settings()
+
+
+def _tc() -> Finding:
+    if _version() >= (6, 6):
+        return Finding("tc ingress", "ok", "tcx")
+    why = "before 6.6 the program sits in the clsact qdisc, where it stays when the relay is killed"
+    remedy = "after kill -9, unless a relay starts again: tc qdisc del dev IFACE clsact"
+    return Finding("tc ingress", "ok", "clsact", why, remedy)
+
+
+def _fast_path_capabilities() -> Iterator[Finding]:
+    check, fine = "capabilities for the fast path", True
+    for cap, purpose in _NEEDED_BY_THE_FAST_PATH.items():
+        if host.holds(cap) or (host.may_hold(cap) and not all(map(host.holds, _NEEDED))):
+            continue  # what an ordinary user lacks was said above
+        name, fine = caps.NAMES[cap], False
+        remedy = f"docker run --cap-add {name[4:]}, or add it to the unit's AmbientCapabilities="
+        yield Finding(check, "warn", f"{name} is withheld", f"a relay here cannot {purpose}", remedy)
+    if fine:
+        yield Finding(check, "ok", "none is withheld")
+
+
+def _pins() -> Finding:
+    if libbpf.is_bpffs(PIN_DIR):
+        return Finding("BPF file system", "ok", f"at {PIN_DIR.parent}")
+    why = "the fast path ends with the relay: its restart or crash interrupts the streams"
+    remedy = f"mount -t bpf -o mode=700 bpf {PIN_DIR.parent}"
+    return Finding("BPF file system", "warn", f"none at {PIN_DIR.parent}", why, remedy)
+
+
+def _bpf_settings() -> Iterator[Finding]:
+    name = "net.core.bpf_jit_enable"
+    if host.sysctl(name) == 0:
+        why = "the kernel interprets the fast path's program: several times the CPU"
+        yield Finding(name, "warn", "0", why, f"sysctl -w {name}=1")
+    else:
+        yield Finding(name, "ok", _value(name))
+    name = "kernel.unprivileged_bpf_disabled"
+    yield Finding(name, "ok", _value(name), "no matter: control and workers use maps that they were handed")
+    btf = "there" if host.has_btf() else "absent"
+    yield Finding("BTF", "ok", btf, "no matter: the programs use none of the kernel's own types")
+
+
+def _value(name: str) -> str:
+    value = host.sysctl(name)
+    return "not shown here" if value is None else str(value)
 
 
 def _confinement() -> Iterator[Finding]:
@@ -251,12 +326,23 @@ def _relay(answer: dict[str, Any] | Failure) -> Iterator[Finding]:
         yield Finding("relay", "warn", said, why, "see io_uring above, then systemctl restart mrelay")
     else:
         yield Finding("relay", "ok", said)
+    if answer["engine"] != "ebpf":
+        yield _no_fast_path(answer["no_fast_path"])
+
+
+def _no_fast_path(problem: str) -> Finding:
+    if problem == CHOSEN:
+        remedy = 'engine = "auto" under [relay], then systemctl restart mrelay'
+        return Finding("relay's fast path", "ok", f"none: {problem}", "as it was told", remedy)
+    remedy = "mend what the checks above say of it, then systemctl restart mrelay"
+    return Finding("relay's fast path", "warn", f"none: {problem}", _NO_FAST_PATH, remedy)
 
 
 _LOOKS: Final[tuple[Callable[[], Iterator[Finding]], ...]] = (
     _kernel,
     _io_uring,
     _capabilities,
+    _fast_path,
     _confinement,
     _users,
     _memberships,

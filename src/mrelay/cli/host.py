@@ -23,6 +23,7 @@ _IO_URING_PARAMS: Final = 120  # bytes of struct io_uring_params, linux/io_uring
 
 PROC: Final = Path("/proc")
 SYS_NET: Final = Path("/sys/class/net")
+BTF: Final = Path("/sys/kernel/btf/vmlinux")
 
 
 def sysctl(name: str) -> int | None:
@@ -101,6 +102,11 @@ def _io_uring_setup(flags: int) -> int:
         return ctypes.get_errno()
     os.close(descriptor)
     return 0
+
+
+def has_btf() -> bool:
+    """Whether the kernel describes its own types."""
+    return BTF.exists()
 
 
 def landlock_abi() -> int:

@@ -18,7 +18,7 @@ PinDir = Annotated[
     Parameter(
         name="--pin-dir",
         metavar="DIR",
-        help="The BPF file system in which the kernel's fast path outlives the relay.",
+        help="A folder in a BPF file system, made if missing: in it the kernel's fast path outlives the relay.",
     ),
 ]
 AsJson = Annotated[bool, Parameter(name="--json", help="Print JSON for programs.")]

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 from mrelay.cli.failure import BAD_CONFIG, Failure
 from mrelay.cli.options import DEFAULT_SOCKET, Level, PinDir, Socket
-from mrelay.ebpf.pins import BPFFS
+from mrelay.ebpf.pins import PIN_DIR
 
 DEFAULT_STATE_DIR: Final = Path("/var/lib/mrelay")
 
@@ -54,7 +54,7 @@ def run(
     state_dir: Annotated[
         Path, Parameter(metavar="DIR", help="Where the relay keeps its state over a restart.")
     ] = DEFAULT_STATE_DIR,
-    pin_dir: PinDir = BPFFS,
+    pin_dir: PinDir = PIN_DIR,
     user: Annotated[
         str | None,
         Parameter(metavar="NAME", help="The user that control runs as; none: mrelay, or else nobody."),

@@ -7,10 +7,11 @@ from typing import Annotated, Final
 
 from cyclopts import Parameter
 
+from mrelay.cli import output
 from mrelay.cli.client import Client
 from mrelay.cli.failure import NOT_PERMITTED, Failure
 from mrelay.cli.options import DEFAULT_SOCKET, PinDir, Socket
-from mrelay.ebpf.pins import BPFFS, pin_folder
+from mrelay.ebpf.pins import PIN_DIR, pin_folder
 from mrelay.ebpf.pins import flush as flush_pins
 
 _DEADLINE: Final = 30.0  # seconds: longer than a stop may take
@@ -19,7 +20,7 @@ _DEADLINE: Final = 30.0  # seconds: longer than a stop may take
 def stop(
     *,
     flush: Annotated[bool, Parameter(help="End what the kernel forwards by itself as well.")] = False,
-    pin_dir: PinDir = BPFFS,
+    pin_dir: PinDir = PIN_DIR,
     socket: Socket = DEFAULT_SOCKET,
 ) -> None:
     """Stop the relay, if one runs; with --flush, remove what one left behind."""
@@ -30,11 +31,13 @@ def stop(
         folder = pin_folder(str(socket.absolute()), pin_dir)
         if not flush or folder is None or not _is_there(folder):
             raise
-        print(f"no relay runs; the kernel forwards no more at {flush_pins(folder)} interfaces")
+        where = output.plural(flush_pins(folder), "interface")
+        print(f"no relay runs; the kernel forwards no more at {where}")
         return
     flows = client.request("POST", f"/v1/stop?flush={str(flush).lower()}")["flows"]
     _await_end(pid)
-    goes_on = f"; the kernel goes on to forward {flows} flows, until the next start or 'mrelay stop --flush'"
+    left = output.plural(flows, "flow")
+    goes_on = f"; the kernel goes on to forward {left}, until the next start or 'mrelay stop --flush'"
     print(f"stopped{goes_on if flows else ''}")
 
 

@@ -17,7 +17,7 @@ _FLOW_COLUMNS: Final = (
 )
 _FLOW_NUMBERS: Final = ("VLAN", "PORT", "PACKETS", "PACKETS/S", "BITRATE", "WORKER")
 _WORKER_COLUMNS: Final = (
-    *("WORKER", "CORE", "PID", "STATE", "RESTARTS", "REPAIRS", "EGRESS", "FLOWS", "RECEIVED", "CPU"),
+    *("WORKER", "CORE", "PID", "STATE", "RESTARTS", "REPAIRS", "EGRESS", "FLOWS", "RECEIVED", "CARRIED", "CPU"),
 )
 
 
@@ -76,7 +76,17 @@ def _stats_view(answer: dict[str, Any]) -> RenderableType:
         f"received {output.count(answer['received'])} = matched {output.count(answer['matched'])}"
         f" + dropped {output.count(dropped)}; {output.plural(answer['flows'], 'flow')}"
     )
-    return output.stack(summary, "", _rules_table(answer["rules"]), "", _drops_table(answer["drops"]))
+    by_engine = [_engines(answer)] if answer["passed"] else []
+    return output.stack(summary, *by_engine, "", _rules_table(answer["rules"]), "", _drops_table(answer["drops"]))
+
+
+def _engines(answer: dict[str, Any]) -> str:
+    """What the kernel's fast path did, and why it left the rest."""
+    passed = {reason: frames for reason, frames in answer["passed"].items() if frames}
+    reasons = ", ".join(f"{reason} {output.count(frames)}" for reason, frames in passed.items())
+    left = f"; frames it passed on: {reasons}" if passed else ""
+    slow = answer["received"] - answer["carried"]
+    return f"the kernel carried {output.count(answer['carried'])}, the slow path {output.count(slow)}{left}"
 
 
 def _rules_table(rules: list[dict[str, Any]]) -> RenderableType:
@@ -106,7 +116,7 @@ def _drops_table(drops: dict[str, int]) -> RenderableType:
 
 def _workers_table(answer: dict[str, Any]) -> RenderableType:
     rows = [_worker_row(worker) for worker in answer["workers"]]
-    right = ("WORKER", "CORE", "PID", "RESTARTS", "REPAIRS", "FLOWS", "RECEIVED", "CPU")
+    right = ("WORKER", "CORE", "PID", "RESTARTS", "REPAIRS", "FLOWS", "RECEIVED", "CARRIED", "CPU")
     return output.table(_WORKER_COLUMNS, rows, right=right) if rows else "No workers."
 
 
@@ -121,5 +131,6 @@ def _worker_row(worker: dict[str, Any]) -> list[str]:
         worker["egress"] or "-",
         output.count(worker["flows"]),
         output.count(worker["received"]),
+        output.count(worker["carried"]),
         f"{worker['cpu_percent']:.0f} %",
     ]

@@ -169,12 +169,17 @@ class FastPath:
             found |= zip((key.tobytes() for key in keys), values["state"].tolist(), strict=True)
         return found
 
+    def carried(self) -> int:
+        """Flows whose last frame it carried. For threads, too."""
+        states = [self._maps.all_flows(family)[1]["state"] for family in (4, 6)]
+        return sum(int(np.count_nonzero(each == CARRIED)) for each in states)
+
     def is_at(self, ifindex: int) -> bool:
         """Whether it is at this interface's ingress."""
         return ifindex in self._ingresses
 
     def passed(self) -> dict[str, int]:
-        """Frames that were left to the slow path, by reason."""
+        """Frames that were left to the slow path or the IP stack since the maps were made, by reason."""
         return dict(zip(PASSED, self._maps.passed.sum(axis=0).tolist(), strict=False))
 
 

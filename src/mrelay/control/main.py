@@ -16,7 +16,7 @@ from mrelay import logs
 from mrelay.child import confine, settle
 from mrelay.control import preload  # noqa: F401  for its effect
 from mrelay.control.api import Server, create_app
-from mrelay.control.fastpath import EBPF, URING, FastPath
+from mrelay.control.fastpath import FastPath
 from mrelay.control.links import LinkTable, LinkWatcher
 from mrelay.control.peers import Access
 from mrelay.control.proc import start_time
@@ -31,6 +31,7 @@ from mrelay.control.stats import Stats
 from mrelay.control.supervisor import Event, RequestFailed, Supervisor
 from mrelay.control.want import UP, Settings
 from mrelay.control.workers import Workers
+from mrelay.ebpf.carry import CHOSEN
 from mrelay.ebpf.maps import Maps, sizes_of
 from mrelay.messages import BadMessage, Held, OpenEgress, Reload, Setup, Stop, WorkerDown, WorkerUp
 from mrelay.messages import FastPath as FastPathMessage
@@ -64,7 +65,7 @@ class Control:
         self._tasks: set[asyncio.Task[None]] = set()
         self._reconciler: Reconciler | None = None
         self._maps: Maps | None = None
-        self._no_fast_path = 'engine = "uring"'
+        self._no_fast_path = CHOSEN
         self._relay: Relay | None = None
         self._server: Server | None = None
         self.workers = Workers(self._on_worker_up, self._on_end)
@@ -180,9 +181,8 @@ class Control:
         self._spawn(_flush_logs())
         stats = Stats(self.workers, book, links, self._reconciler, sampler, fast)
         host = Host(self._supervisor_started, self._landlock)
-        self._relay = Relay(
-            book, self._reconciler, self.workers, stats, host, self.supervisor, URING if fast is None else EBPF
-        )
+        why_not = self._no_fast_path if fast is None else ""
+        self._relay = Relay(book, self._reconciler, self.workers, stats, host, self.supervisor, why_not)
         await self._reconciler.settled()
         await self._serve_api(self._relay, int(relay.socket_mode, 8), relay.socket_group)
         self._relay.ready = True

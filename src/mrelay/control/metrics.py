@@ -33,6 +33,7 @@ class _Collector(Collector):
         for reason, count in stats["drops"].items():
             dropped.add_metric([reason], count)
         yield dropped
+        yield from self._by_engine()
         yield from self._by_rule()
         yield from self._by_output()
         yield GaugeMetricFamily("mrelay_flows", "Flows in the workers' tables.", value=stats["flows"])
@@ -46,6 +47,24 @@ class _Collector(Collector):
         for worker in self._workers["workers"]:
             repairs.add_metric([str(worker["worker"])], worker["repairs"])
         yield repairs
+
+    def _by_engine(self) -> Iterator[Metric]:
+        yield CounterMetricFamily(
+            "mrelay_carried_datagrams",
+            "Datagrams, of those matched, that the kernel's fast path carried.",
+            value=self._stats["carried"],
+        )
+        passed = CounterMetricFamily(
+            "mrelay_slow_path_frames",
+            "Frames, of all traffic on its interfaces, that the fast path left to others, by reason.",
+            labels=["reason"],
+        )
+        for reason, count in self._stats["passed"].items():
+            passed.add_metric([reason], count)
+        flows = GaugeMetricFamily("mrelay_engine_flows", "Flows by what carries them.", labels=["engine"])
+        for engine, count in self._stats["engines"].items():
+            flows.add_metric([engine], count)
+        yield from (passed, flows)
 
     def _by_rule(self) -> Iterator[Metric]:
         packets = CounterMetricFamily("mrelay_rule_packets", "Datagrams that a rule took.", labels=["rule"])

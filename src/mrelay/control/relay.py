@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from mrelay import __version__, logs
+from mrelay.control.fastpath import EBPF, URING
 from mrelay.control.reconcile import Reconciler
 from mrelay.control.rulebook import Rulebook, difference, merge
 from mrelay.control.stats import Stats
@@ -53,9 +54,10 @@ class Relay:
         stats: Stats,
         host: Host,
         supervisor: Supervisor,
-        engine: str,
+        no_fast_path: str,
     ) -> None:
-        self._engine = engine
+        """`no_fast_path`: why there is none; empty when there is."""
+        self._no_fast_path = no_fast_path
         self._book, self._reconciler, self._workers = book, reconciler, workers
         self.stats, self._host, self._supervisor = stats, host, supervisor
         self.ready = False
@@ -67,7 +69,8 @@ class Relay:
             "ready": self.ready,
             "version": __version__,
             "pid": os.getppid(),
-            "engine": self._engine,
+            "engine": URING if self._no_fast_path else EBPF,
+            "no_fast_path": self._no_fast_path,
             "egress": "io_uring" if kinds == {"io_uring"} else "sendmmsg",
             "uptime": round(time.clock_gettime(time.CLOCK_BOOTTIME) - self._host.supervisor_started, 1),
             "landlock": self._host.landlock,

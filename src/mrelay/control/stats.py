@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mrelay.control.fastpath import FastPath, engine_of
+from mrelay.control.fastpath import EBPF, URING, FastPath, engine_of
 from mrelay.control.links import LinkTable
 from mrelay.control.reconcile import Reconciler
 from mrelay.control.rulebook import Rulebook
@@ -22,7 +22,6 @@ from mrelay.control.want import STARTING
 from mrelay.control.workers import Worker, Workers
 from mrelay.counters import DROP_REASONS, U64
 from mrelay.counters_size import MAX_LINKS, MAX_RULES
-from mrelay.ebpf.layout import CARRIED
 from mrelay.model.rule import Rule
 from mrelay.model.ruleset import FlowKey, RuleSet, address_text
 
@@ -58,6 +57,8 @@ class Stats:
         totals = [await _totals(worker) for worker in self._workers.by_number.values()]
         received, matched, *drops = np.array([NOTHING, *totals], np.uint64).sum(axis=0).tolist()
         book, rates = self._book, self._sampler.rules()
+        flows = sum(_flow_count(worker) for worker in self._workers.by_number.values())
+        carried = min(flows, await asyncio.to_thread(self.carried))
         return {
             "received": received,
             "matched": matched,
@@ -69,7 +70,10 @@ class Stats:
                 (self._sum("rules"), self._sum("links"), rates),
                 self._reconciler.output_states(),
             ),
-            "flows": sum(_flow_count(worker) for worker in self._workers.by_number.values()),
+            "flows": flows,
+            "engines": {EBPF: carried, URING: flows - carried},
+            "carried": sum(worker.counters.carried for worker in self._workers.by_number.values()),
+            "passed": {} if self._fast is None else self._fast.passed(),
         }
 
     def _sum(self, table: Literal["rules", "links"]) -> U64:
@@ -86,8 +90,7 @@ class Stats:
 
     def carried(self) -> int:
         """Flows that the fast path carries now."""
-        states = {} if self._fast is None else self._fast.states()
-        return sum(state == CARRIED for state in states.values())
+        return 0 if self._fast is None else self._fast.carried()
 
     def _names(self) -> "Names":
         slots = self._book.slots
@@ -118,6 +121,7 @@ class Stats:
             "egress": worker.egress,
             "flows": _flow_count(worker),
             "received": worker.counters.received,
+            "carried": worker.counters.carried,
             "cpu_percent": self._sampler.cpu_percent(worker.number),
         }
 

@@ -6,12 +6,16 @@ from pydantic import BaseModel, Field
 
 
 class Health(BaseModel):
-    """`pid` is the supervisor's; `uptime` in seconds; `landlock` the ABI version that confines, 0 for none."""
+    """`pid` is the supervisor's; `uptime` in seconds; `landlock` the ABI version that confines, 0 for none.
+
+    `no_fast_path`: why the engine is "uring"; empty when it is "ebpf".
+    """
 
     ready: bool
     version: str
     pid: int
-    engine: str
+    engine: Literal["ebpf", "uring"]
+    no_fast_path: str
     egress: Literal["io_uring", "sendmmsg"]
     uptime: float
     landlock: int
@@ -95,19 +99,27 @@ class RuleStats(BaseModel):
 
 
 class Stats(BaseModel):
-    """Datagrams; received = matched + the sum of drops. `flows` is how many there are."""
+    """Datagrams; received = matched + the sum of drops. `flows` is how many there are, `engines` by engine.
+
+    `carried`: those of `matched` that the kernel's fast path carried. `passed`, by reason: frames, of all traffic
+    on its interfaces, that it left to the slow path or the IP stack since its maps were made; empty without one.
+    """
 
     received: int
     matched: int
     drops: dict[str, int]
     rules: list[RuleStats]
     flows: int
+    engines: dict[str, int]
+    carried: int
+    passed: dict[str, int]
 
 
 class Worker(BaseModel):
     """`pid` is null while it is down. `cpu_percent` of one core, over about a second.
 
     `state` is "running", "starting", "restarting", or why it stays down ("crash loop (…): next try in 30 s").
+    `carried`: those of `received` that the kernel's fast path carried for it.
     `repairs`: how often it had other rules in force than it was told, and was told them again.
     """
 
@@ -120,6 +132,7 @@ class Worker(BaseModel):
     egress: str
     flows: int
     received: int
+    carried: int
     cpu_percent: float
 
 

@@ -4,6 +4,7 @@ Pure. Workers install by it; control shows by it why a flow takes the slow path.
 """
 
 from ipaddress import ip_address
+from typing import Final
 
 from mrelay.ebpf.layout import PASSED
 from mrelay.model.ruleset import FlowKey, Route, address_text
@@ -24,6 +25,8 @@ REASONS: dict[str, str] = dict(
         strict=True,
     )
 )
+
+CHOSEN: Final = 'engine = "uring"'  # why there is no fast path where none is wanted
 
 
 def why_not(key: FlowKey, route: Route) -> str:

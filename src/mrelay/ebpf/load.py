@@ -6,6 +6,7 @@ raise OSError. Loading takes some ten milliseconds and may block for as long as 
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -17,12 +18,21 @@ from mrelay.kernel.packet import SHORT
 _FOLDER: Final = Path(__file__).parent
 RELAY: Final = "relay"
 RING: Final = "ring"
+OLDEST: Final = (5, 19)  # the first to let control and workers, which have map descriptors only, call bpf(2)
 
 
 def missing() -> str:
     """What this installation lacks of the kernel programs; empty when they are there."""
     lacking = [name for name in (RELAY, RING) if not path(name).is_file()]
     return f"built without kernel programs: {', '.join(map(str, map(path, lacking)))}" if lacking else ""
+
+
+def outdated() -> str:
+    """Why this kernel is too old for the fast path; empty when it isn't."""
+    release = os.uname().release
+    found = re.match(r"(\d+)\.(\d+)", release)
+    old = found is None or (int(found[1]), int(found[2])) < OLDEST
+    return f"Linux {release} is older than {OLDEST[0]}.{OLDEST[1]}" if old else ""
 
 
 def path(name: str) -> Path:

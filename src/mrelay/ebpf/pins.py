@@ -10,18 +10,23 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-BPFFS: Final = Path("/sys/fs/bpf")
+from mrelay.kernel.libbpf import is_bpffs
+
+PIN_DIR: Final = Path("/sys/fs/bpf/mrelay")  # of every relay on a host, if nothing else is said
 LINK: Final = "link-"  # and an ifindex: the program's place at that interface
 MAPS: Final = "maps-"  # and a digest of what the maps in it were made for
 
 
-def pin_folder(socket_path: str, base: Path) -> Path | None:
-    """Where the relay of this API socket has its pins, in this network namespace; None if `base` is no bpffs."""
-    if not os.path.ismount(base):
+def pin_folder(socket_path: str, pin_dir: Path) -> Path | None:
+    """Where the relay of this API socket has its pins, in this network namespace; None if that is in no bpffs.
+
+    `pin_dir` need not be there yet.
+    """
+    if not is_bpffs(pin_dir):
         return None
     network = os.stat("/proc/self/ns/net").st_ino
     name = re.sub(r"[^A-Za-z0-9_-]", "_", socket_path.strip("/"))  # bpffs allows no dots
-    return base / "mrelay" / f"{name[-200:]}-{network}"
+    return pin_dir / f"{name[-200:]}-{network}"
 
 
 def links(folder: Path) -> dict[int, Path]:

@@ -126,7 +126,10 @@ class Map:
             more = self._call(BPF_MAP_LOOKUP_BATCH, ctypes.addressof(attr))
             found += attr.count  # also of the last call, which says ENOENT
             attr.in_batch = attr.out_batch
-        return keys.raw[: found * self.key_size], values.raw[: found * self.value_size]
+        # What was not written to takes no memory: so no copy of all of it.
+        sizes = ((keys, self.key_size), (values, self.value_size))
+        first, second = (bytes(memoryview(room)[: found * size]) for room, size in sizes)
+        return first, second
 
     def keys(self) -> Iterator[bytes]:
         """All keys. Elements that are removed meanwhile may start the walk anew: a key may come twice."""

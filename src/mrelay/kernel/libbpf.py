@@ -11,7 +11,8 @@ import errno
 import functools
 import os
 import socket
-from ctypes import POINTER, c_bool, c_char, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
+from ctypes import POINTER, c_bool, c_char, c_char_p, c_int, c_int64, c_long, c_size_t, c_uint32, c_void_p
+from pathlib import Path
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
@@ -24,6 +25,8 @@ BTF_KIND_STRUCT: Final = 4  # linux/btf.h
 BTF_KIND_DATASEC: Final = 15
 SO_ATTACH_BPF: Final = 50  # asm-generic/socket.h
 SO_LOCK_FILTER: Final = 44
+BPF_FS_MAGIC: Final = 0xCAFE4A11  # linux/magic.h
+_STATFS_SIZE: Final = 256  # bytes, more than any struct statfs has; f_type comes first
 _LOG_SIZE: Final = 1 << 20
 _LOG_TAIL: Final = 2000  # bytes of it that an error shows
 
@@ -324,6 +327,14 @@ def attach_to(sock: socket.socket, program: int, *, lock: bool) -> None:
     sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_BPF, program)
     if lock:
         sock.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
+
+
+def is_bpffs(folder: Path) -> bool:
+    """Whether this folder is in a BPF file system; one that is not there (or not for us to see): the one above."""
+    statfs = ctypes.CDLL(None).statfs
+    found = (c_long * (_STATFS_SIZE // ctypes.sizeof(c_long)))()
+    seen = next((at for at in (folder, *folder.parents) if statfs(os.fsencode(at), found) == 0), None)
+    return seen is not None and found[0] & 0xFFFFFFFF == BPF_FS_MAGIC
 
 
 def pin(fd: int, path: str) -> None:

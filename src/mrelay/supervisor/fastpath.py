@@ -41,7 +41,7 @@ class FastPath:
         """Load it, once; `problem` says what was in the way."""
         if self.maps:
             return
-        self.problem = libbpf.available() or load.missing()
+        self.problem = libbpf.available() or load.missing() or load.outdated()
         if self.problem:
             return
         try:

@@ -92,7 +92,7 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._service = Service()
         self._next_check = 0.0
-        self._quit = self._keep = False  # told to stop by a client; the fast path goes on
+        self._quit = self._keep = False  # told to stop by a client; the fast path goes on, as for SIGUSR1
 
     # ---- children --------------------------------------------------------------------------
 
@@ -317,13 +317,13 @@ class Supervisor:
     # ---- the loop --------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Until SIGTERM, SIGINT or Quit."""
+        """Until SIGTERM, SIGINT, SIGUSR1 or Quit."""
         # Kept to the very end: a second signal may come while we stop.
         self._signals = wakeup, signals = socket.socketpair()
         for sock in (wakeup, signals):
             sock.setblocking(False)
         signal.set_wakeup_fd(signals.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, _noted)
         self._selector.register(wakeup, selectors.EVENT_READ, None)
         while not self._quit:
@@ -350,6 +350,9 @@ class Supervisor:
         """Whether it is time to stop."""
         if signal.SIGHUP in numbers:
             self._reload()
+        if signal.SIGUSR1 in numbers:
+            self._keep = True
+            return True
         return signal.SIGTERM in numbers or signal.SIGINT in numbers
 
     def _reload(self) -> None:

@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from mrelay.counters import CARRIED as TOTAL_CARRIED
 from mrelay.counters import MATCHED, RECEIVED, Counters
 from mrelay.ebpf.carry import why_not
 from mrelay.ebpf.layout import CARRIED, DSCP_KEEP, PASSED, TAIL_UNKNOWN
@@ -182,6 +183,7 @@ class FastPath:
         total = fresh[0].sum(dtype=np.uint64)
         counters.totals[RECEIVED] += total
         counters.totals[MATCHED] += total
+        counters.totals[TOTAL_CARRIED] += total
         return slots
 
     def refused(self) -> list[tuple[Entry, int]]:
