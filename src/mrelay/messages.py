@@ -236,10 +236,11 @@ class FastPath:
     """Supervisor to control, and to a worker after its WorkerSetup: the fast path's maps.
 
     Descriptors: those of ebpf.layout.MAPS, in that order; none when there is no fast path, and `problem` says why.
-    `workers`, `slots`, `routes`, `outputs`, `cpus` are ebpf.layout.Sizes.
+    `pinned`: it outlives the relay. `workers`, `slots`, `routes`, `outputs`, `cpus` are ebpf.layout.Sizes.
     """
 
     problem: str
+    pinned: bool
     workers: int
     slots: int
     routes: int

@@ -60,8 +60,11 @@ def hop_of(egress: OpenEgress, link: Link | None) -> Hop | None:
 class FastPath:
     """`follow` and `set_ranges` say what is wanted; `run` brings `hops` up to it."""
 
-    def __init__(self, maps: Maps, links: LinkTable, reached: Mapping[Hop, Reached]) -> None:
-        """`reached` is looked at anew each time."""
+    def __init__(
+        self, maps: Maps, links: LinkTable, reached: Mapping[Hop, Reached], *, pinned: bool = False
+    ) -> None:
+        """`reached` is looked at anew each time. `pinned`: the fast path outlives the relay."""
+        self.pinned = pinned
         self._maps, self._links, self._reached = maps, links, reached
         self._egresses: dict[int, OpenEgress] = {}
         self._ingresses: frozenset[int] = frozenset()

@@ -65,6 +65,7 @@ class Control:
         self._tasks: set[asyncio.Task[None]] = set()
         self._reconciler: Reconciler | None = None
         self._maps: Maps | None = None
+        self._pinned = False
         self._no_fast_path = CHOSEN
         self._relay: Relay | None = None
         self._server: Server | None = None
@@ -86,7 +87,7 @@ class Control:
                 self.workers.down(event)
             case FastPathMessage():
                 self._maps = Maps(fds, sizes_of(event)) if fds else None
-                self._no_fast_path = event.problem
+                self._no_fast_path, self._pinned = event.problem, event.pinned
             case Reload():
                 self._spawn(self._reload(event, fds))
             case Stop():
@@ -243,7 +244,7 @@ class Control:
             if engine == "auto":
                 log.warning("no kernel fast path: %s; forwarding in user space", self._no_fast_path)
             return None
-        fast = FastPath(self._maps, links, hops.reached)
+        fast = FastPath(self._maps, links, hops.reached, pinned=self._pinned)
         self._spawn(fast.run())
         return fast
 

@@ -79,7 +79,7 @@ class Relay:
     def stop(self, *, flush: bool) -> Table:
         """/v1/stop: the flows that the kernel goes on to forward."""
         self._supervisor.quit(keep=not flush)
-        return {"flows": 0 if flush else self.stats.carried()}
+        return {"flows": 0 if flush else self.stats.outliving()}
 
     def set_log_levels(self, table: Table) -> Table:
         """/v1/log: these roles' levels from now on; all of them."""

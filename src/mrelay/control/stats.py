@@ -92,6 +92,10 @@ class Stats:
         """Flows that the fast path carries now."""
         return 0 if self._fast is None else self._fast.carried()
 
+    def outliving(self) -> int:
+        """Those that the kernel would go on with if the relay ended."""
+        return self.carried() if self._fast is not None and self._fast.pinned else 0
+
     def _names(self) -> "Names":
         slots = self._book.slots
         rules = RuleSet()

@@ -60,8 +60,8 @@ class FastPath:
 
     def message(self) -> Message:
         """What control and workers are told; `fds` goes along."""
-        sizes = self._sizes
-        return Message(self.problem, sizes.workers, sizes.slots, sizes.routes, sizes.outputs, sizes.cpus)
+        sizes, pinned = self._sizes, self._folder is not None
+        return Message(self.problem, pinned, sizes.workers, sizes.slots, sizes.routes, sizes.outputs, sizes.cpus)
 
     def fds(self) -> list[int]:
         """The maps' descriptors, in order."""
