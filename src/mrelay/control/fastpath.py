@@ -65,7 +65,7 @@ class FastPath:
         self._maps, self._links, self._reached = maps, links, reached
         self._egresses: dict[int, OpenEgress] = {}
         self._ingresses: frozenset[int] = frozenset()
-        self._changed = asyncio.Event()
+        self._changed, self._writing = asyncio.Event(), asyncio.Lock()
         self._left: set[int] = set()
         self._hops = maps.hops.data.cast("B")
         self._written: dict[int, bytes] = {}
@@ -103,6 +103,11 @@ class FastPath:
         """Keep `hops` true until cancelled."""
         while True:
             await self._changed.wait()
+            await self.catch_up()
+
+    async def catch_up(self) -> None:
+        """Return when `hops` is what is wanted by now: flows that are pointed there then need no slow path."""
+        async with self._writing:
             self._changed.clear()
             wanted = {number: self._record(egress) for number, egress in self._egresses.items()}
             wanted |= dict.fromkeys(self._written.keys() - wanted.keys() - self._left, _UNREADY)

@@ -147,6 +147,9 @@ class Reconciler:
         await self._release(self._in_the_way(wanted))
         await self._grant({what for plan in plans for what in plan.opens()})
         await self._release(what for what in self._have - wanted if isinstance(what, JoinGroup))
+        if self._fast is not None:  # before any flow is pointed there
+            self._fast.follow(what for what in self._have if isinstance(what, OpenEgress))
+            await self._fast.catch_up()
         own = own_sources(plans, self._links)
         running = [(plan, put) for plan in plans if (put := in_force(plan, self._have, own))]
         await self._workers.put({put.rule: put for _, put in running})
