@@ -30,12 +30,18 @@ def stop(
         folder = pin_folder(str(socket.absolute()), pin_dir)
         if not flush or folder is None or not _is_there(folder):
             raise
-        print(f"no relay runs; the kernel forwards no more at {flush_pins(folder)} interfaces")
+        print(f"no relay runs; the kernel forwards no more at {_counted(flush_pins(folder), 'interface')}")
         return
     flows = client.request("POST", f"/v1/stop?flush={str(flush).lower()}")["flows"]
     _await_end(pid)
-    goes_on = f"; the kernel goes on to forward {flows} flows, until the next start or 'mrelay stop --flush'"
+    goes_on = (
+        f"; the kernel goes on to forward {_counted(flows, 'flow')}, until the next start or 'mrelay stop --flush'"
+    )
     print(f"stopped{goes_on if flows else ''}")
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _is_there(folder: Path) -> bool:
