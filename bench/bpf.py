@@ -176,11 +176,16 @@ class Program(Descriptor):
 
     def test_run(self, frame: bytes, repeat: int) -> None:
         """Run an XDP program on `repeat` live copies of `frame`, 64 at a time, and act on its verdicts."""
-        data = ctypes.create_string_buffer(frame, len(frame))
-        attr = struct.pack("<IIIIQQ", self.fd, 0, len(frame), 0, ctypes.addressof(data), 0)
-        attr += struct.pack("<IIIIQQ", repeat, 0, 0, 0, 0, 0)
-        _bpf(BPF_PROG_TEST_RUN, attr + struct.pack("<III", BPF_F_TEST_XDP_LIVE_FRAMES, 0, 64))
+        run_live(self.fd, frame, repeat)
 
     def attach_tcx(self, ifindex: int) -> Descriptor:
         """Attach at the ingress of an interface of the caller's namespace, until the link is closed."""
         return Descriptor(_bpf(BPF_LINK_CREATE, struct.pack("<IIII", self.fd, ifindex, BPF_TCX_INGRESS, 0)))
+
+
+def run_live(program: int, frame: bytes, repeat: int) -> None:
+    """Run the XDP program behind a descriptor on `repeat` live copies of `frame`, 64 at a time."""
+    data = ctypes.create_string_buffer(frame, len(frame))
+    attr = struct.pack("<IIIIQQ", program, 0, len(frame), 0, ctypes.addressof(data), 0)
+    attr += struct.pack("<IIIIQQ", repeat, 0, 0, 0, 0, 0)
+    _bpf(BPF_PROG_TEST_RUN, attr + struct.pack("<III", BPF_F_TEST_XDP_LIVE_FRAMES, 0, 64))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from netns import fast, numbers
 from netns.lab import Lab
 
 
@@ -27,3 +28,10 @@ def folder() -> Iterator[Path]:
     made.chmod(0o755)
     yield made
     shutil.rmtree(made)
+
+
+@pytest.fixture(scope="session")
+def numbers_elf(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The programs of numbers.py, compiled; skips where they can't be loaded."""
+    fast.require()
+    return numbers.compiled(tmp_path_factory.mktemp("bpf"))

@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 
 from mrelay.control.links import Link, LinkTable
-from mrelay.control.routes import Hop, Reached
+from mrelay.control.routes import UNSEEN, Hop, Reached
 from mrelay.ebpf.carry import REASONS, why_not
 from mrelay.ebpf.layout import CARRIED, HOP_READY, PASSED
 from mrelay.ebpf.maps import Maps, flow_key
@@ -61,18 +61,18 @@ class FastPath:
     """`follow` and `set_ranges` say what is wanted; `run` brings `hops` up to it."""
 
     def __init__(
-        self, maps: Maps, links: LinkTable, reached: Mapping[Hop, Reached], *, pinned: bool = False
+        self, maps: Maps, links: LinkTable, reached: Mapping[Hop, Reached | None], *, pinned: bool = False
     ) -> None:
         """`reached` is looked at anew each time. `pinned`: the fast path outlives the relay."""
         self.pinned = pinned
         self._maps, self._links, self._reached = maps, links, reached
         self._egresses: dict[int, OpenEgress] = {}
         self._ingresses: frozenset[int] = frozenset()
-        self._changed = asyncio.Event()
-        self._lock = asyncio.Lock()
+        self._changed, self._writing = asyncio.Event(), asyncio.Lock()
         self._left: set[int] = set()
         self._hops = maps.hops.data.cast("B")
         self._written: dict[int, bytes] = {}
+        self._inherited: dict[int, OpenEgress] = {}  # hops that a control before us wrote
         self._ranges = {bytes(key) for key in maps.ranges.keys()}  # noqa  # a control before us may have left some
 
     # ---- hops --------------------------------------------------------------------------------
@@ -80,11 +80,12 @@ class FastPath:
     def left(self, held: Iterable[OpenEgress]) -> AbstractSet[int]:
         """Numbers of hops that flows still use which an earlier relay installed; it grows empty in time.
 
-        `held` are the sockets that are open, from before this control.
+        `held` are the sockets that are open, from before this control: their hops are good until looked at.
         """
         ready = np.flatnonzero(self._maps.hops["flags"]).tolist()
-        self._left |= set(ready) - {egress.output for egress in held}
-        self._written |= dict.fromkeys(ready, b"")
+        self._written |= {n: bytes(self._hops[n * _HOP.size : (n + 1) * _HOP.size]) for n in ready}
+        self._inherited = {egress.output: egress for egress in held if egress.output in self._written}
+        self._left |= set(ready) - self._inherited.keys()
         if self._left:
             asyncio.get_running_loop().call_later(TAKE_OVER, self._forget_left)
         return self._left
@@ -95,9 +96,9 @@ class FastPath:
         self._changed.set()
 
     async def follow(self, egresses: Iterable[OpenEgress]) -> None:
-        """These are open; when it returns, `hops` says what is known of the ways to them."""
+        """These are open. Returns when `hops` says so: flows that are pointed there then need no slow path."""
         self._egresses = {egress.output: egress for egress in egresses}
-        await self._update()
+        await self._catch_up()
 
     def look_again(self) -> None:
         """A link or a next hop changed."""
@@ -107,11 +108,11 @@ class FastPath:
         """Keep `hops` true until cancelled."""
         while True:
             await self._changed.wait()
-            self._changed.clear()
-            await self._update()
+            await self._catch_up()
 
-    async def _update(self) -> None:
-        async with self._lock:
+    async def _catch_up(self) -> None:
+        async with self._writing:
+            self._changed.clear()
             wanted = {number: self._record(egress) for number, egress in self._egresses.items()}
             wanted |= dict.fromkeys(self._written.keys() - wanted.keys() - self._left, _UNREADY)
             changed = {n: record for n, record in wanted.items() if record != self._written.get(n, _UNREADY)}
@@ -138,8 +139,11 @@ class FastPath:
         if link is None or not link.up or link.loopback or link.kind not in (ARPHRD_ETHER, ARPHRD_NONE):
             return _UNREADY
         hop = hop_of(egress, link)
-        found = Reached() if hop is None else self._reached.get(hop)
-        if found is None:
+        found = Reached() if hop is None else self._reached.get(hop, UNSEEN)
+        if found is UNSEEN and self._inherited.get(egress.output) == egress:
+            return self._written.get(egress.output, _UNREADY)
+        self._inherited.pop(egress.output, None)
+        if found is None or found is UNSEEN:
             return _UNREADY
         if link.kind == ARPHRD_ETHER and not found.mac and hop is not None and not hop.noarp:
             return _UNREADY

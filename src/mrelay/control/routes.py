@@ -52,6 +52,7 @@ class Reached(NamedTuple):
     mtu: int = 0
 
 
+UNSEEN: Final = Reached(b"?")  # in place of a hop that was not looked at yet
 Neighbours = Mapping[tuple[int, str], Neighbour]  # by (ifindex, address)
 UNKNOWN: Final = Neighbour(0, b"")
 
@@ -59,7 +60,8 @@ UNKNOWN: Final = Neighbour(0, b"")
 class NextHops:
     """`problems` says what is amiss with which; hops that are fine, or not looked at yet, are not in it.
 
-    `reached` has the hops that datagrams can be sent to without the kernel's help. `on_stale` is told of each
+    `reached` has each hop that was looked at: how datagrams get there without the kernel's help, None if they
+    can't. `on_stale` is told of each
     neighbour (ifindex, address) on the way to one that has not been heard of for a while.
     """
 
@@ -67,7 +69,7 @@ class NextHops:
         self, on_change: Callable[[], None], on_stale: Callable[[int, str], None] = lambda *_: None
     ) -> None:
         self.problems: dict[Hop, str] = {}
-        self.reached: dict[Hop, Reached] = {}
+        self.reached: dict[Hop, Reached | None] = {}
         self._on_change, self._on_stale = on_change, on_stale
         self._hops: frozenset[Hop] = frozenset()
         self._routes: dict[Hop, tuple[Route | None, str]] = {}  # and the source if it is `named`
@@ -156,7 +158,7 @@ class NextHops:
             del self._routes[hop]
         found = {hop: judge(hop, route, neighbours, hop in before) for hop, (route, _) in self._routes.items()}
         self.problems = {hop: problem for hop, problem in found.items() if problem}
-        reached = {hop: how for hop in self._routes if (how := self._reach(hop, neighbours)) is not None}
+        reached = {hop: self._reach(hop, neighbours) for hop in self._routes}
         if (self.problems, self.reached) != (before, reached):
             self.reached.clear()  # others hold this very dict
             self.reached.update(reached)

@@ -2,8 +2,9 @@
 
 Owns the descriptors of all of it, and the pins: where the BPF file system is mounted, maps and links are pinned,
 so that forwarding goes on when every process of the relay is gone, and the next relay takes it over. Maps that
-were made by programs of another version, or for other sizes, are replaced. Called by resources and main; loading
-blocks for some ten milliseconds.
+were made by programs of another version, or for other sizes, are replaced: the old program carries its flows until
+the new rules are up, and passes everything else on as ours does. Called by resources and main; loading blocks for
+some ten milliseconds.
 """
 
 import contextlib
@@ -36,6 +37,8 @@ class FastPath:
         self._filters: list[tuple[int, int]] = []
         self._links: dict[int, libbpf.TcxLink | libbpf.ClsactFilter] = {}
         self._uses: dict[int, int] = {}
+        self._adopted = False  # the maps are those of the relay before us
+        self._old: set[int] = set()  # interfaces where its program is still at work, with other maps
 
     def start(self, workers: int, flow_limit: int) -> None:
         """Load it, once; `problem` says what was in the way."""
@@ -53,7 +56,9 @@ class FastPath:
     def _load(self, sizes: Sizes) -> None:
         self._sizes = sizes
         self._prepare_folder()
-        self.maps = self._pinned_maps() or load.create_maps(sizes)
+        self.maps = self._pinned_maps()
+        self._adopted = bool(self.maps)
+        self.maps = self.maps or load.create_maps(sizes)
         self._program = load.load_relay(self.maps, sizes)
         self._filters = [load.load_rings(self.maps, worker) for worker in range(sizes.workers)]
         self._pin_maps()
@@ -107,6 +112,9 @@ class FastPath:
             log.warning("cannot take over what is pinned at %s: %s", path, error.strerror)
             path.unlink()
             return None
+        if not self._adopted:
+            self._old.add(ifindex)
+            return link
         try:
             link.replace(self._program)
         except OSError:  # of an interface that is gone, whose number another one has now
@@ -114,6 +122,17 @@ class FastPath:
             path.unlink()
             return None
         return link
+
+    def _replace_old(self) -> None:
+        """The workers have the rules: our program takes the place of those that forward by other maps."""
+        for ifindex in self._old & self._links.keys():
+            try:
+                self._links[ifindex].replace(self._program)
+            except OSError:
+                self._links.pop(ifindex).close()
+                self._unpin(f"{LINK}{ifindex}")
+                self._links[ifindex] = self._new_link(ifindex)
+        self._old.clear()
 
     # ---- pins --------------------------------------------------------------------------------
 
@@ -179,6 +198,7 @@ class FastPath:
         """All rules are up: what a relay before us left and nobody asked for since goes."""
         if self._folder is None or not self.maps:
             return
+        self._replace_old()
         current = self._maps_folder()
         for ifindex, path in pins.links(self._folder).items():
             if ifindex not in self._links:

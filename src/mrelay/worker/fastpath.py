@@ -31,6 +31,7 @@ _ACCEPTED, _ACCEPTED_LONG, _DRAINED, _HALF, _SENT, _SENT_LONG, _ROOM, _ROOM_LONG
 U64 = NDArray[np.uint64]
 Slots = NDArray[np.intp]
 Place = tuple[int, int]  # struct flow: start, length
+_LEFT: Final = (-1, 0)  # of a flow that was there before us: none of our places
 
 
 class FastPath:
@@ -135,7 +136,8 @@ class FastPath:
         self.collect_slot(slot)
 
     def inherit(self) -> None:
-        """Flows that an earlier worker, or relay, left in the kernel's maps: note their keys for the flow table.
+        """Flows that an earlier worker, or relay, left in the kernel's maps: note their keys for the flow table,
+        which gives them their outputs, or removes them.
 
         One that does not fit the counters' memory is taken out.
         """
@@ -146,6 +148,15 @@ class FastPath:
                     keys[:] = words
                 elif keys.tolist() != words:
                     self._maps.flows[family].delete(name)
+                    continue
+                self.installed[slot] = _LEFT
+        self._slots = None
+
+    def move(self, slot: int) -> None:
+        """The flow that was left in this slot is installed in another one by now."""
+        self.collect_slot(slot)
+        self.installed.pop(slot, None)
+        self._slots = None
 
     def _left(self, family: int) -> Iterator[tuple[bytes, int, list[int]]]:
         """Key, slot and words (counters.Counters.keys) of each flow of ours in the kernel's map."""
@@ -154,10 +165,10 @@ class FastPath:
             key, slot = keys[at], int(values["slot"][at]) - self._first
             if not 0 <= slot < self._maps.sizes.slots:
                 continue
-            words = [int.from_bytes(key[part].tobytes(), "big") for part in ("source", "group")]
+            name, width, low = key.tobytes(), 4 if family == 4 else 16, (1 << 64) - 1
+            source, group = int.from_bytes(name[:width]), int.from_bytes(name[width : 2 * width])
             last = int(key["port"]) | int(key["vlan"]) << 16 | family << 32 | int(key["ifindex"]) << 40
-            low = (1 << 64) - 1
-            yield key.tobytes(), slot, [words[0] >> 64, words[0] & low, words[1] >> 64, words[1] & low, last]
+            yield name, slot, [source >> 64, source & low, group >> 64, group & low, last]
 
     # ---- counts ----------------------------------------------------------------------------
 

@@ -344,7 +344,7 @@ class FlowTable:
         """This kept flow came again, and was installed, before its turn."""
         counters = self.counters
         if self.fast is not None:
-            self.fast.collect_slot(slot)
+            self.fast.move(slot)
         for counts in (counters.flows, counters.folded):
             counts[:, into] += counts[:, slot]
         counters.keys[:, slot] = 0
