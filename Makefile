@@ -9,6 +9,8 @@ PROGRAM := .venv/.program-ready
 DEV     := .venv/.dev-ready
 # Root runs as is; others through sudo, which must not leave root-owned files in the tree.
 ROOT    := $(if $(filter 0,$(shell id -u)),,sudo -n env PYTHONDONTWRITEBYTECODE=1)
+# One test a core at a time, but no more than four: every relay has a worker for each core.
+PYTEST  := $(VENV)/pytest --numprocesses auto --maxprocesses 4
 ARGS    ?=
 INPUTS  ?= 1200000
 MINUTES ?= 0
@@ -36,17 +38,17 @@ demo: $(PROGRAM) ## source, relay and receivers in namespaces of their own, live
 test: $(DEV) ## all tests; those that build network namespaces run as root
 	@$(SETUP) root ip ethtool libbpf.so.1
 ifeq ($(ROOT),)
-	$(VENV)/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 else
-	$(VENV)/pytest -m "not netns" $(ARGS)
-	$(ROOT) $(VENV)/pytest -m netns -p no:cacheprovider $(ARGS)
+	$(PYTEST) -m "not netns" $(ARGS)
+	$(ROOT) $(PYTEST) -m netns -p no:cacheprovider $(ARGS)
 endif
 
 check: $(DEV) ## lint, format, types, and the tests that need no root
 	$(VENV)/ruff check
 	$(VENV)/ruff format --check
 	$(VENV)/mypy
-	$(VENV)/pytest -m "not netns" $(ARGS)
+	$(PYTEST) -m "not netns" $(ARGS)
 
 fuzz: $(DEV) ## every parser and message, coverage-guided: INPUTS=1200000 in total, or about MINUTES=…
 	$(VENV)/python tests/fuzz/run.py --inputs $(INPUTS) --minutes $(MINUTES) $(ARGS)

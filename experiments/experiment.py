@@ -72,6 +72,10 @@ class Experiment:
         # Tables go where a person looks; with --json standard output is the program's.
         self.console = Console(stderr=self._json, highlight=False)
 
+    def runs(self, *premises: str) -> bool:
+        """Whether to run the part that rests on these: always, but without a premise only what rests on that."""
+        return self.broken is None or self.broken in premises
+
     def claim(self, text: str, holds: bool, observed: str) -> None:
         """Record one claim: `text` in the present tense, `observed` with the figures of this run."""
         self.claims.append(Claim(text, holds, observed))

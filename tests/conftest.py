@@ -1,8 +1,15 @@
-"""What every test gets: tests that lack a privilege are skipped by name; Hypothesis has no deadlines."""
+"""What every test gets: tests that lack a privilege are skipped by name; Hypothesis has no deadlines.
 
+Tests may run beside each other (pytest-xdist), except those marked `alone`: they come last, in one process, and
+each waits until no other test runs. What a test says by `figures` is printed at the end.
+"""
+
+import contextlib
+import fcntl
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -47,11 +54,55 @@ def why_no_netns() -> str | None:
     return f"needs {', '.join(missing)}, which this root lacks (a container?)" if missing else None
 
 
+def is_alone(item: pytest.Item) -> bool:
+    return item.get_closest_marker("alone") is not None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `netns` where namespaces cannot be built."""
+    """Skip what is marked `netns` where namespaces cannot be built; put what is marked `alone` last."""
+    items.sort(key=is_alone)
+    for item in filter(is_alone, items):
+        item.add_marker(pytest.mark.xdist_group("alone"))
     reason = why_no_netns()
     if reason is None:
         return
     for item in items:
         if item.get_closest_marker("netns"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@contextlib.contextmanager
+def the_machine(*, alone: bool) -> Iterator[None]:
+    """Share the machine with the other tests of this tree, or have it without them."""
+    lock = os.open(__file__, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
+    finally:
+        fcntl.flock(lock, fcntl.LOCK_UN)  # a child that the test forked may still have it
+        os.close(lock)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Around everything, so that waiting takes no test's time."""
+    with the_machine(alone=is_alone(item)):
+        return (yield)
+
+
+@pytest.fixture
+def figures(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Keeps a text for the end of the run; a test that runs beside others has no terminal."""
+    return partial(record_property, "figures")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print them."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    calls = [report for report in reports if isinstance(report, pytest.TestReport) and report.when == "call"]
+    said = {call.nodeid: [text for name, text in call.user_properties if name == "figures"] for call in calls}
+    if any(said.values()):
+        terminalreporter.section("figures")
+    for nodeid, texts in said.items():
+        for line in [nodeid, *(f"  {text}" for text in texts)] if texts else []:
+            terminalreporter.write_line(line)

@@ -23,14 +23,18 @@ PREMISES = {
 
 
 def main() -> None:
-    """The whole run."""
+    """The whole run. Without a premise only the part is run that rests on it."""
     experiment = Experiment("poc_helper_socket_igmp", __doc__ or "", tuple(PREMISES))
     experiment.need_root()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # frames stay in order when one CPU handles all
     with Lab() as lab:
-        brought = helper_filters.show(experiment, lab)
+        if experiment.runs("helper", "report", "snooping"):
+            brought = helper_filters.show(experiment, lab)
+        if experiment.runs("owner"):
+            delays = helper_ownership.show(experiment, lab)
+        if experiment.broken:
+            experiment.finish(f"without {experiment.broken}")
         helper_sockets.show(experiment, lab)
-        delays = helper_ownership.show(experiment, lab)
         dearer = helper_rings.show(experiment, lab)
         limits = helper_links.show_limits(experiment, lab)
         helper_links.show_life(experiment, lab)

@@ -113,12 +113,12 @@ class _Clock:
 
 
 def receive(receiver: Receiver, network: Network, payload: int, seconds: float, nap: float = 0) -> Sample:
-    """Receive for `seconds`, counting the last three quarters.
+    """Receive for `seconds`, counting the last three quarters: what is left of them, when others had the core.
 
     `nap`: a batch of middling size is once left to grow for so long.
     """
     clock, begin, napped = None, time.monotonic(), False
-    while (now := time.monotonic()) < begin + seconds:
+    while (now := time.monotonic()) < begin + seconds or clock is None:
         if clock is None and now > begin + seconds / 4:
             clock = _Clock(network)
         frames = receiver.take()
@@ -135,5 +135,4 @@ def receive(receiver: Receiver, network: Network, payload: int, seconds: float, 
             clock.frames += len(frames)
             clock.batches += 1
         receiver.release()
-    assert clock is not None
     return clock.stop()

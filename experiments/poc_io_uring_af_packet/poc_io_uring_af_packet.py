@@ -95,7 +95,7 @@ class Row:
 
 
 def main() -> None:
-    """The run."""
+    """The run. Without a premise only the half is run that rests on it."""
     experiment = Experiment(
         "poc_io_uring_af_packet",
         "AF_PACKET sockets driven by io_uring, single-shot and multishot, against the mmap rings with poll.",
@@ -109,7 +109,10 @@ def main() -> None:
         experiment.lacks("two processor cores: one for the source, one for the receivers")
     plan = Plan(2, 1, 0.1, 60) if experiment.short else Plan(3, 2, 0.16, 200)
     with _network(experiment, cores) as network:
-        packet_behaviour.claim_all(experiment, network)
+        if experiment.runs("give-back", "auxdata"):
+            packet_behaviour.claim_all(experiment, network)
+        if not experiment.runs("batches", "lone"):
+            experiment.finish(f"without {experiment.broken}")
         rows = _measure(experiment, network, plan)
     _show(experiment, rows)
     _claim_costs(experiment, rows)

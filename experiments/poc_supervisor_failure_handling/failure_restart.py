@@ -193,7 +193,9 @@ _INJURIES: Final[dict[str, Callable[[Trial], None]]] = {
     "killed": lambda trial: trial.send_signal(signal.SIGKILL),
 }
 HEALTHY: Final = ("starved", "at rest")
-_PATIENCE: Final = 5 * SILENCE  # seconds, on a loaded machine
+# A busy child is judged by its processor time, of which it may get little.
+_PATIENCE: Final = 20 * SILENCE  # seconds
+_WITHOUT: Final = 5 * SILENCE  # seconds, where what is waited for won't come
 
 
 def heal_all(core: int, *, from_thread: bool, by_silence_alone: bool) -> Healed:
@@ -205,13 +207,14 @@ def heal_all(core: int, *, from_thread: bool, by_silence_alone: bool) -> Healed:
     trials = {name: Trial("careless" if from_thread else "plain") for name in _INJURIES}
     trials |= {"starved": Trial(core=core), "at rest": Trial()}
     victim, took = trials["starved"], 0.0
+    patience = _WITHOUT if from_thread or by_silence_alone else _PATIENCE
     with running(list(trials.values())), _judge(by_silence_alone):
         first = {name: trial.pid for name, trial in trials.items()}
         for name, injure in _INJURIES.items():
             injure(trials[name])
         keeper, start = Keeper(list(trials.values())), time.monotonic()
         with _starving(core, victim):
-            while (now := time.monotonic()) < start + _PATIENCE and not (took and keeper.said[victim]):
+            while (now := time.monotonic()) < start + patience and not (took and keeper.said[victim]):
                 keeper.turn(now + CHECK)
                 took = took or (now - start if keeper.ups == len(_INJURIES) else 0.0)
         replaced = {name: trial.pid != first[name] for name, trial in trials.items()}

@@ -66,7 +66,7 @@ def main() -> None:
         experiment.lacks("two cores: one for a child that is kept from running")
     figures: dict[str, float] = {}
     for part, premises in parts.items():
-        if experiment.broken is None or experiment.broken in premises:
+        if experiment.runs(*premises):
             figures |= part(experiment, cores)
     if experiment.broken:
         experiment.finish(f"without {experiment.broken}")

@@ -3,6 +3,7 @@
 The attacking code (attacker.py, attempts.py) runs inside the real processes, started by the real supervisor.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -52,6 +53,8 @@ def star(lab: Lab) -> Iterator[Star]:
 class AttackedRelay(Relay):
     """A relay with one role taken over."""
 
+    _CHILDREN = ("control", "worker", "spare worker")
+
     def __init__(self, star: Star, place: Path, role: str, attack: str, without: str = "-") -> None:
         flags = ("--workers", "1", "--user", "nobody", "--worker-user", "daemon")
         super().__init__(star.relay, CONFIG, folder=place, arguments=flags)
@@ -71,9 +74,19 @@ class AttackedRelay(Relay):
         return eventually(lambda: report(self.stderr), "the attacker's report", 20)
 
     def descriptors(self) -> int:
-        """How many the supervisor has open, once there is a spare worker."""
-        eventually(lambda: len(self.role("worker")) == 2, "a worker and a spare one")
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
+        """How many the supervisor has open, once there is a spare worker.
+
+        Its pidfd is the last that the supervisor opens for it, and those for its start are closed by then.
+        """
+
+        def opened() -> list[str]:
+            found = []
+            for link in Path(f"/proc/{self.pid}/fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):  # closed as we look
+                    found.append(os.readlink(link))
+            return found if sum("pidfd" in target for target in found) == len(self._CHILDREN) else []
+
+        return len(eventually(opened, f"a pidfd for each of {self._CHILDREN}"))
 
 
 def report(log: str) -> Any:

@@ -21,7 +21,7 @@ from netns import as_unit
 from netns.lab import Lab, Namespace, eventually
 from netns.traffic import Capture, Sender
 
-pytestmark = [pytest.mark.netns, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.netns, pytest.mark.alone, pytest.mark.timeout(240)]  # its users are the host's
 TREE = Path(__file__).resolve().parents[2]
 UNIT = Path("/lib/systemd/system/mrelay.service")
 TMPFILES = "systemd-tmpfiles --create /usr/lib/tmpfiles.d/mrelay.conf"

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "experiments"))
 from run_all import Result, discover, premises, run
@@ -17,7 +18,19 @@ MOST_PREMISES = 6  # of one experiment
 TRIES = 2  # the machine may be shared and slow for a moment; what no longer holds fails twice
 
 pytestmark = pytest.mark.netns
-each_experiment = pytest.mark.parametrize("program", discover(), ids=lambda program: program.stem)
+SHARING = {  # claim nothing about time that other tests could take from them
+    *("closure_passing_test", "poc_closure_ownership", "poc_fd_passing_privdrop", "poc_helper_socket_igmp"),
+    "poc_supervisor_lifecycle",
+}
+
+
+def with_marks(program: Path) -> ParameterSet:
+    """One process runs all of an experiment's tests, and so the whole experiment only once."""
+    mark = pytest.mark.xdist_group(program.stem) if program.stem in SHARING else pytest.mark.alone
+    return pytest.param(program, marks=mark, id=program.stem)
+
+
+each_experiment = pytest.mark.parametrize("program", [with_marks(program) for program in discover()])
 
 
 def run_short(program: Path, broken: str | None = None) -> Result:

@@ -108,23 +108,29 @@ def test_sizes_change_within_a_flow(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("offload", [True, False], ids=["segmented-by-device", "segmented-by-kernel"])
-@pytest.mark.parametrize("option", ["", ",ttl=3", ",source=keep", ",dscp=10"])
-def test_sender_that_uses_gso(lab: Lab, offload: bool, option: str) -> None:
+def test_sender_that_uses_gso(lab: Lab, offload: bool, subtests: pytest.Subtests) -> None:
     """A superpacket from a local sender arrives whole; every segment must leave, the short last one too."""
     star = lab.star(offload=offload)
     star.sink.ip("route add 10.99.9.0/24 dev k0")  # the application's host judges the kept source, too
     sent = [*payloads(40, 1200), b"the short last one"]
-    config = rule("a", f"in0:{GROUP}:5000", f"out0:{OUT}:6000{option}")
+    options = ["", ",ttl=3", ",source=keep", ",dscp=10"]
+    config = "".join(
+        rule(f"rule-{i}", f"in0:{GROUP}:{5000 + i}", f"out0:{OUT}:6000{option}")
+        for i, option in enumerate(options)
+    )
     with (
         Receiver(star.sink, "k0", 6000, OUT) as application,
         Sender(star.source) as sender,
         Relay(star.relay, config) as relay,
     ):
-        for _ in range(3):
-            sender.send_segmented(GROUP, 5000, sent)
-        assert application.receive(3 * len(sent)) == sent * 3
-        stats = relay.await_received(3 * len(sent))
-        assert stats["rules"][0]["bytes"] == 3 * sum(map(len, sent))
+        for i, option in enumerate(options):
+            with subtests.test(option):
+                for _ in range(3):
+                    sender.send_segmented(GROUP, 5000 + i, sent)
+                assert application.receive(3 * len(sent)) == sent * 3
+                stats = relay.await_received((i + 1) * 3 * len(sent))
+                of_rule = {entry["name"]: entry["bytes"] for entry in stats["rules"]}
+                assert of_rule[f"rule-{i}"] == 3 * sum(map(len, sent))
 
 
 def test_gso_segments_are_whole_on_the_wire(lab: Lab) -> None:

@@ -10,6 +10,7 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def forwards(sender: Sender, sink: Namespace, tag: bytes) -> None:
         assert receiver.receive(len(sent)) == sent
 
 
-def test_two_hundred_blows(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_hundred_blows(lab: Lab, figures: Callable[[str], None]) -> None:
     seed = int(os.environ.get("MRELAY_SEED") or random.randrange(2**32))
     star = lab.star()
     links = Links(lab, star, random.Random(seed))
@@ -146,10 +147,8 @@ def test_two_hundred_blows(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None
         assert got == list(range(calm.sent)), "the untouched stream lost nothing, and kept its order"
         eventually(lambda: descriptors(relay) == before, f"descriptors as before, {before}")
         assert all(worker["restarts"] == 0 for worker in relay.workers())
-    with capsys.disabled():
-        print(
-            f"\n{BLOWS} blows (seed {seed}) in {took:.1f} s: {links.done}; untouched: {calm.sent} of {calm.sent}"
-        )
+    figures(f"{BLOWS} blows (seed {seed}) in {took:.1f} s: {links.done}")
+    figures(f"untouched: {calm.sent} of {calm.sent}")
 
 
 def test_a_unicast_output_says_what_it_lacks(lab: Lab) -> None:

@@ -17,7 +17,6 @@ REFUSED = {
     "link-local IPv6 group": ("in0:[ff02::fb]:5353", "out0:[ff3e::1]:5353", "link_local"),
     "output that is its own input": (f"in0:{GROUP}:5000", f"in0:{GROUP}:5000", "allow_loop"),
 }
-cases = pytest.mark.parametrize(("from_", "to", "option"), REFUSED.values(), ids=REFUSED.keys())
 
 
 def refusal(relay: Relay, name: str, from_: str, to: str) -> dict[str, Any]:
@@ -28,7 +27,7 @@ def refusal(relay: Relay, name: str, from_: str, to: str) -> dict[str, Any]:
     return dict(body["errors"][0])
 
 
-@cases
+@pytest.mark.parametrize(("from_", "to", "option"), REFUSED.values(), ids=REFUSED.keys())
 def test_refused_in_a_file(lab: Lab, from_: str, to: str, option: str) -> None:
     star = lab.star()
     relay = Relay(star.relay, rule("bad", from_, to))
@@ -37,17 +36,18 @@ def test_refused_in_a_file(lab: Lab, from_: str, to: str, option: str) -> None:
     assert option in relay.stderr, "and the option that allows it"
 
 
-@cases
-def test_refused_and_allowed_over_the_api(lab: Lab, from_: str, to: str, option: str) -> None:
+def test_refused_and_allowed_over_the_api(lab: Lab, subtests: pytest.Subtests) -> None:
     star = lab.star()
     with Relay(star.relay) as relay:
-        error = refusal(relay, "bad", from_, to)
-        assert error["rule"] == "bad"
-        assert option in error["remedy"]
-        assert relay.rules() == {}
-        options = {"link_local": "link_local" in option, "allow_loop": option == "allow_loop"}
-        relay.add_rule("bad", from_, to, **{key: value for key, value in options.items() if value})
-        relay.await_rule("bad", "up")
+        for name, (from_, to, option) in REFUSED.items():
+            with subtests.test(name):
+                error = refusal(relay, "bad", from_, to)
+                assert error["rule"] == "bad"
+                assert option in error["remedy"]
+                assert relay.rules() == {}
+                relay.add_rule("bad", from_, to, **{option: True})
+                relay.await_rule("bad", "up")
+                relay.remove_rule("bad")
 
 
 def test_rules_that_form_a_loop(lab: Lab) -> None:
@@ -72,27 +72,28 @@ def test_allowed_link_local_group_is_forwarded(lab: Lab) -> None:
         assert (packet.destination, packet.ttl) == ("224.0.0.251", 255)
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        {"name": "a"},
-        {"name": "a", "from": f"in0:{GROUP}:5000", "to": []},
-        {"name": "a", "from": f"in0:{GROUP}:5000", "to": ["out0:239.2.2.2:6000"], "colour": "red"},
-        {"name": "a b", "from": f"in0:{GROUP}:5000", "to": ["out0:239.2.2.2:6000"]},
-        {"name": "a", "from": "in0:300.1.1.1:5000", "to": ["out0:239.2.2.2:6000"]},
-        {"name": "a", "from": f"in0:{GROUP}:0", "to": ["out0:239.2.2.2:6000"]},
-        {"name": "a", "from": f"in0:{GROUP}:5000", "to": ["out0:239.2.2.2:70000"]},
-        {"name": "a", "from": f"in0:{GROUP}:5000", "to": ["a-name-that-is-too-long:239.2.2.2:6000"]},
-        {"name": "a", "from": f"in0:{GROUP}:5000", "to": ["out0:239.2.2.2:6000,ttl=0"]},
-        {"name": "a", "from": f"in0:{GROUP}:5000", "to": ["out0:239.2.2.2:6000,dscp=64"]},
-        [],
-        "rule",
-    ],
-)
-def test_invalid_rules_over_the_api(lab: Lab, body: object) -> None:
+INVALID: list[object] = [
+    {"name": "a"},
+    {"name": "a", "from": f"in0:{GROUP}:5000", "to": []},
+    {"name": "a", "from": f"in0:{GROUP}:5000", "to": ["out0:239.2.2.2:6000"], "colour": "red"},
+    {"name": "a b", "from": f"in0:{GROUP}:5000", "to": ["out0:239.2.2.2:6000"]},
+    {"name": "a", "from": "in0:300.1.1.1:5000", "to": ["out0:239.2.2.2:6000"]},
+    {"name": "a", "from": f"in0:{GROUP}:0", "to": ["out0:239.2.2.2:6000"]},
+    {"name": "a", "from": f"in0:{GROUP}:5000", "to": ["out0:239.2.2.2:70000"]},
+    {"name": "a", "from": f"in0:{GROUP}:5000", "to": ["a-name-that-is-too-long:239.2.2.2:6000"]},
+    {"name": "a", "from": f"in0:{GROUP}:5000", "to": ["out0:239.2.2.2:6000,ttl=0"]},
+    {"name": "a", "from": f"in0:{GROUP}:5000", "to": ["out0:239.2.2.2:6000,dscp=64"]},
+    [],
+    "rule",
+]
+
+
+def test_invalid_rules_over_the_api(lab: Lab, subtests: pytest.Subtests) -> None:
     star = lab.star()
     with Relay(star.relay) as relay:
-        status, answer = relay.request("POST", "/v1/rules", body)
-        assert status == 422, answer
-        assert {"rule", "key", "problem", "remedy"} <= set(answer["errors"][0])
-        assert relay.rules() == {}
+        for body in INVALID:
+            with subtests.test(body=body):
+                status, answer = relay.request("POST", "/v1/rules", body)
+                assert status == 422, answer
+                assert {"rule", "key", "problem", "remedy"} <= set(answer["errors"][0])
+                assert relay.rules() == {}

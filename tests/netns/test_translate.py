@@ -1,5 +1,7 @@
 """What an output changes in a datagram: address, port, source, TTL, DSCP; and multicast through unicast."""
 
+from collections.abc import Iterable
+
 import pytest
 
 from netns.lab import SOURCE, SOURCE_6, End, Lab
@@ -122,24 +124,28 @@ def test_outside_the_prefix_or_range_is_not_forwarded(lab: Lab) -> None:
         assert relay.stats()["matched"] == 1
 
 
-@pytest.mark.parametrize(
-    ("option", "source"),
-    [
-        ("", "10.1.0.1"),
-        (",source=egress", "10.1.0.1"),
-        (",source=keep", SOURCE),
-        (",source=10.1.0.7", "10.1.0.7"),
-    ],
-)
-def test_source(lab: Lab, option: str, source: str) -> None:
+def rules(options: Iterable[str]) -> str:
+    """A rule for each option, from port 5000, 5001, …"""
+    named = enumerate(options)
+    return "".join(
+        rule(f"rule-{i}", f"in0:{GROUP}:{5000 + i}", f"out0:239.2.2.2:6000{option}") for i, option in named
+    )
+
+
+SOURCES = {"": "10.1.0.1", ",source=egress": "10.1.0.1", ",source=keep": SOURCE, ",source=10.1.0.7": "10.1.0.7"}
+
+
+def test_source(lab: Lab, subtests: pytest.Subtests) -> None:
     star = lab.star()
     star.relay.ip("addr add 10.1.0.7/24 dev out0")
-    config = rule("a", f"in0:{GROUP}:5000", f"out0:239.2.2.2:6000{option}")
-    with Capture(star.sink, "k0") as wire, Sender(star.source) as sender, Relay(star.relay, config):
-        sender.send(GROUP, 5000, payloads(COUNT))
-        got = wire.wait(COUNT)
-        assert [packet.payload for packet in got] == payloads(COUNT)
-        assert {(p.source, p.header_good, p.checksum_good) for p in got} == {(source, True, True)}
+    with Capture(star.sink, "k0") as wire, Sender(star.source) as sender, Relay(star.relay, rules(SOURCES)):
+        for i, (option, source) in enumerate(SOURCES.items()):
+            with subtests.test(option):
+                sent = payloads(COUNT, first=i * COUNT)
+                sender.send(GROUP, 5000 + i, sent)
+                got = wire.wait(COUNT)
+                assert [packet.payload for packet in got] == sent
+                assert {(p.source, p.header_good, p.checksum_good) for p in got} == {(source, True, True)}
 
 
 def test_source_keep_ipv6_and_unicast(lab: Lab) -> None:
@@ -161,19 +167,16 @@ def test_source_keep_ipv6_and_unicast(lab: Lab) -> None:
             assert {(packet.source, packet.checksum_good) for packet in got} == {(source, True)}
 
 
-@pytest.mark.parametrize(
-    ("arrives", "option", "leaves"), [(16, "", 15), (2, "", 1), (16, ",ttl=8", 8), (1, ",ttl=1", 1)]
-)
-def test_ttl(lab: Lab, arrives: int, option: str, leaves: int) -> None:
+TTLS = [(16, "", 15), (2, "", 1), (16, ",ttl=8", 8), (1, ",ttl=1", 1)]  # arrives with, option, leaves with
+
+
+def test_ttl(lab: Lab, subtests: pytest.Subtests) -> None:
     star = lab.star()
-    config = rule("a", f"in0:{GROUP}:5000", f"out0:239.2.2.2:6000{option}")
-    with (
-        Capture(star.sink, "k0") as wire,
-        Sender(star.source, ttl=arrives) as sender,
-        Relay(star.relay, config),
-    ):
-        sender.send(GROUP, 5000, payloads(COUNT))
-        assert {packet.ttl for packet in wire.wait(COUNT)} == {leaves}
+    with Capture(star.sink, "k0") as wire, Relay(star.relay, rules(option for _, option, _ in TTLS)):
+        for i, (arrives, option, leaves) in enumerate(TTLS):
+            with subtests.test(option, arrives=arrives), Sender(star.source, ttl=arrives) as sender:
+                sender.send(GROUP, 5000 + i, payloads(COUNT))
+                assert {packet.ttl for packet in wire.wait(COUNT)} == {leaves}
 
 
 def test_ttl_changes_within_a_flow(lab: Lab) -> None:
@@ -217,18 +220,22 @@ def test_expired_for_one_output_only(lab: Lab) -> None:
         assert r.await_received(COUNT)["matched"] == COUNT
 
 
-@pytest.mark.parametrize(("option", "leaves"), [("", 46), (",dscp=10", 10), (",dscp=0", 0)])
-def test_dscp(lab: Lab, option: str, leaves: int) -> None:
+DSCPS = {"": 46, ",dscp=10": 10, ",dscp=0": 0}  # arrives with 46
+
+
+def test_dscp(lab: Lab, subtests: pytest.Subtests) -> None:
     star = lab.star()
-    config = rule("a", f"in0:{GROUP}:5000", f"out0:239.2.2.2:6000{option}")
-    config += rule("six", "in0:[ff3e::1]:5000", f"out0:[ff3e::2]:6000{option}")
+    config = rules(DSCPS)
+    for i, option in enumerate(DSCPS):
+        config += rule(f"six-{i}", f"in0:[ff3e::1]:{5000 + i}", f"out0:[ff3e::2]:6000{option}")
     with (
         Capture(star.sink, "k0") as wire,
         Sender(star.source, dscp=46) as four,
         Sender(star.source, SOURCE_6, dscp=46) as six,
         Relay(star.relay, config),
     ):
-        four.send(GROUP, 5000, payloads(COUNT))
-        assert {packet.dscp for packet in wire.wait(COUNT)} == {leaves}
-        six.send("ff3e::1", 5000, payloads(COUNT))
-        assert {packet.dscp for packet in wire.wait(COUNT)} == {leaves}
+        for i, (option, leaves) in enumerate(DSCPS.items()):
+            for sender, group in ((four, GROUP), (six, "ff3e::1")):
+                with subtests.test(option, group=group):
+                    sender.send(group, 5000 + i, payloads(COUNT))
+                    assert {packet.dscp for packet in wire.wait(COUNT)} == {leaves}
