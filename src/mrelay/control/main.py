@@ -32,7 +32,7 @@ from mrelay.control.supervisor import Event, RequestFailed, Supervisor
 from mrelay.control.want import UP, Settings
 from mrelay.control.workers import Workers
 from mrelay.ebpf.maps import Maps, sizes_of
-from mrelay.messages import BadMessage, Held, OpenEgress, Reload, Setup, Stop, WorkerDown, WorkerUp
+from mrelay.messages import BadMessage, Held, OpenEgress, Reload, Setup, Stop, WorkerDown, WorkerUp, XdpTargets
 from mrelay.messages import FastPath as FastPathMessage
 from mrelay.model.config import Config, RelaySettings, load_config
 from mrelay.model.issue import ConfigError
@@ -64,6 +64,8 @@ class Control:
         self._tasks: set[asyncio.Task[None]] = set()
         self._reconciler: Reconciler | None = None
         self._maps: Maps | None = None
+        self._fast: FastPath | None = None
+        self._targets: frozenset[int] = frozenset()
         self._no_fast_path = 'engine = "uring"'
         self._relay: Relay | None = None
         self._server: Server | None = None
@@ -86,6 +88,10 @@ class Control:
             case FastPathMessage():
                 self._maps = Maps(fds, sizes_of(event)) if fds else None
                 self._no_fast_path = event.problem
+            case XdpTargets(ifindexes):
+                self._targets = frozenset(ifindexes)
+                if self._fast is not None:
+                    self._fast.set_targets(self._targets)
             case Reload():
                 self._spawn(self._reload(event, fds))
             case Stop():
@@ -167,7 +173,7 @@ class Control:
         hops = NextHops(self._on_hops, self.supervisor.probe)
         await self._start_workers(cores, relay, restarted=setup.restarted)
         fast = self._fast_path(links, hops, relay.engine)
-        settings = Settings(relay.gro, relay.ring_slots, fast is not None)
+        settings = Settings(relay.gro, relay.ring_slots, fast is not None, relay.xdp)
         self._reconciler = Reconciler(
             self.supervisor, self.workers, links, book, hops, settings=settings, held=held, fast=fast
         )
@@ -243,7 +249,8 @@ class Control:
             if engine == "auto":
                 log.warning("no kernel fast path: %s; forwarding in user space", self._no_fast_path)
             return None
-        fast = FastPath(self._maps, links, hops.reached)
+        self._fast = fast = FastPath(self._maps, links, hops.reached)
+        fast.set_targets(self._targets)
         self._spawn(fast.run())
         return fast
 
