@@ -1,15 +1,20 @@
 """XDP as the second accelerator: flows with one output are carried in the driver, everything else goes on by tc.
 
-Sources send whole checksums (`ethtool -K s0 tx off`), as a network does; a veth's peer takes frames from XDP while it
-has GRO on, which gives it its NAPI.
+Sources send whole checksums (`ethtool -K s0 tx off`), as a network does; a veth takes frames from XDP while its
+peer has GRO on, which gives that its NAPI.
 """
 
+import os
+import signal
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from bpf_rig import FastPath
 from mrelay.ebpf import load
 from mrelay.kernel import libbpf, netdev
 from netns import frames
@@ -138,25 +143,30 @@ def test_tc_keeps_what_xdp_cannot(star: Star) -> None:
 def test_partial_checksums_stay_with_tc(star: Star) -> None:
     """A sender on this host: its datagrams leave whole."""
     star.source.run("ethtool", "-K", "s0", "tx", "on")
-    with Relay(star.relay, XDP + rule("a", f"in0:{G4}:5000", f"out0:{OUT4}:6000")) as relay:
-        with Sender(star.source) as sender, Capture(star.sink, "k0") as wire:
-            await_engine(relay, sender, G4, "ebpf", "checksums to hardware")
-            sender.send(G4, 5000, [b"last"])
-            assert all(packet.checksum_good for packet in wire.until(b"last"))
+    with (
+        Relay(star.relay, XDP + rule("a", f"in0:{G4}:5000", f"out0:{OUT4}:6000")) as relay,
+        Sender(star.source) as sender,
+        Capture(star.sink, "k0") as wire,
+    ):
+        await_engine(relay, sender, G4, "ebpf", "checksums to hardware")
+        sender.send(G4, 5000, [b"last"])
+        assert all(packet.checksum_good for packet in wire.until(b"last"))
 
 
 def test_single_frames_that_do_not_fit(star: Star) -> None:
     """TTL and MTU: left to the slow path, which counts or sends them; the flow goes on by XDP."""
     star.relay.ip("link set out0 mtu 1000")
-    with Relay(star.relay, XDP + rule("a", f"in0:{G4}:5000", f"out0:{OUT4}:6000")) as relay:
-        with Sender(star.source) as sender, Receiver(star.sink, "k0", 6000, OUT4) as receiver:
-            await_engine(relay, sender, G4, "xdp")
-            sender.send(G4, 5000, [b"L" * 1400])
-            eventually(lambda: b"L" * 1400 in receiver.receive(1), "the long one arrives, in fragments")
-            sport = sender.sock.getsockname()[1]
-            send_frames(star.source, "s0", [frames.udp_frame(SOURCE, G4, 5000, b"dies", sport=sport, ttl=1)])
-            relay.await_drops("ttl_expired", 1)
-            await_engine(relay, sender, G4, "xdp")
+    with (
+        Relay(star.relay, XDP + rule("a", f"in0:{G4}:5000", f"out0:{OUT4}:6000")) as relay,
+        Sender(star.source) as sender,
+        Receiver(star.sink, "k0", 6000, OUT4) as receiver,
+    ):
+        await_engine(relay, sender, G4, "xdp")
+        sender.send(G4, 5000, [b"L" * 1400])
+        eventually(lambda: b"L" * 1400 in receiver.receive(1), "the long one arrives, in fragments")
+        send_frames(star.source, "s0", [frames.udp_frame(SOURCE, G4, 5000, b"dies", ttl=1)])
+        relay.await_drops("ttl_expired", 1)
+        await_engine(relay, sender, G4, "xdp")
 
 
 def test_a_listener_gets_the_stream_too(star: Star) -> None:
@@ -183,7 +193,7 @@ def test_a_driver_that_cannot(lab: Lab) -> None:
         with Sender(star.source) as sender:
             await_engine(relay, sender, G4, "ebpf", "its driver refuses XDP")
         assert relay.rules()["a"]["state"] == "up"
-        star.relay.ip("link add any type dummy")
+        star.relay.ip("link add any0 type veth peer name any1")
         time.sleep(0.2)  # for the relay to look again
         assert relay.stderr.count("br0: no XDP") == 1
         assert "leave it out of xdp under [relay]" in relay.stderr
@@ -199,21 +209,50 @@ def test_an_mtu_that_is_too_large(lab: Lab) -> None:
 
 
 def test_another_program_stays(star: Star) -> None:
-    """One that somebody attached before."""
-    program = load.load_xdp(maps := load.create_maps(sizes := _sizes()), sizes)
-    assert maps
-    with star.relay.inside():
-        other = libbpf.attach_xdp(program, socket.if_nametoindex("in0"))
-    with Relay(star.relay, XDP + rule("a", f"in0:{G4}:5000", f"out0:{OUT4}:6000")) as relay:
-        with Sender(star.source) as sender:
-            await_engine(relay, sender, G4, "ebpf", "another XDP program")
-            other.close()
-            star.relay.ip("link add any type dummy")  # a link that changes has the relay try again
-            await_engine(relay, sender, G4, "xdp")
+    """One that somebody attached before; when it is gone, a link that changes has the relay try again."""
+    config = XDP + rule("a", f"in0:{G4}:5000", f"out0:{OUT4}:6000")
+    with FastPath() as foreign, star.relay.inside():
+        other = libbpf.attach_xdp(foreign.xdp, socket.if_nametoindex("in0"))
+    with Relay(star.relay, config) as relay, Sender(star.source) as sender:
+        await_engine(relay, sender, G4, "ebpf", "another XDP program")
+        other.close()
+        star.relay.ip("link add any0 type veth peer name any1")
+        await_engine(relay, sender, G4, "xdp")
 
 
-def _sizes() -> "load.Sizes":
-    return load.Sizes(1, 4, 16, 16, libbpf.possible_cpus())
+@pytest.fixture
+def pins(folder: Path) -> Iterator[Path]:
+    """A BPF file system of the test's own."""
+    mounted = folder / "bpf"
+    mounted.mkdir()
+    done = subprocess.run(["mount", "-t", "bpf", "bpf", str(mounted)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"needs a BPF file system: {done.stderr.strip()}")
+    yield mounted
+    subprocess.run(["umount", str(mounted)], check=True)
+
+
+def test_it_goes_on_and_is_taken_over(star: Star, folder: Path, pins: Path) -> None:
+    """Every process killed: each datagram arrives; the next relay has the same place; its end leaves nothing."""
+    config = XDP + rule("a", f"in0:{G4}:5000", f"out0:{OUT4}:6000")
+    first = Relay(star.relay, config, folder=folder, arguments=["--pin-dir", str(pins)]).start()
+    first.wait_ready()
+    with Sender(star.source) as sender:
+        await_engine(first, sender, G4, "xdp")
+        for pid in first.family():
+            os.kill(pid, signal.SIGKILL)
+        first.close()
+        assert len(list(pins.glob("mrelay/*/xdp-*"))) == 1
+        with Receiver(star.sink, "k0", 6000, OUT4) as receiver:
+            sender.send(G4, 5000, payloads(100))
+            assert receiver.receive(100) == payloads(100)
+        with Relay(star.relay, config, folder=folder, arguments=["--pin-dir", str(pins)]) as second:
+            await_engine(second, sender, G4, "xdp")
+            with Receiver(star.sink, "k0", 6000, OUT4) as receiver:
+                sender.send(G4, 5000, payloads(100))
+                assert receiver.receive(100) == payloads(100)
+    assert not list(pins.glob("mrelay/*"))
+    assert "prog/xdp" not in command("ip", "-n", star.relay.name, "-d", "link", "show", "in0")
 
 
 def test_only_where_it_was_asked_for(star: Star) -> None:

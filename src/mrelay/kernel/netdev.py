@@ -55,6 +55,7 @@ class Watch:
         groups = map(_attributes, _attributes(attributes[CTRL_ATTR_MCAST_GROUPS]).values())
         by_name = {group[CTRL_ATTR_MCAST_GRP_NAME]: _number(group[CTRL_ATTR_MCAST_GRP_ID]) for group in groups}
         self._events = _connect()
+        self._events.bind((0, 0))  # a socket without an address hears nothing of the kernel
         self._events.setblocking(False)
         self._events.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, by_name[NETDEV_MCGRP_MGMT])
 
