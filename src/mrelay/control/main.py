@@ -25,7 +25,7 @@ from mrelay.control.relay import Host, Relay
 from mrelay.control.routes import NextHops
 from mrelay.control.rulebook import Rulebook, merge
 from mrelay.control.sampler import Sampler
-from mrelay.control.settings import choose_cores, override
+from mrelay.control.settings import choose_cores, idle_xdp, override
 from mrelay.control.state import State, StateFile
 from mrelay.control.stats import Stats
 from mrelay.control.supervisor import Event, RequestFailed, Supervisor
@@ -174,6 +174,8 @@ class Control:
         await self._start_workers(cores, relay, restarted=setup.restarted)
         fast = self._fast_path(links, hops, relay.engine)
         settings = Settings(relay.gro, relay.ring_slots, fast is not None, relay.xdp)
+        for problem in idle_xdp(relay.xdp, {rule.from_.interface for rule in book.rules}, fast is not None):
+            log.warning("%s", problem)
         self._reconciler = Reconciler(
             self.supervisor, self.workers, links, book, hops, settings=settings, held=held, fast=fast
         )

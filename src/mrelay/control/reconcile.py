@@ -167,10 +167,13 @@ class Reconciler:
         self._tell()
 
     def _in_the_way(self, wanted: AbstractSet[Resource]) -> set[Resource]:
-        """Rings of an interface that comes under the fast path now, or does no more: both can't be there."""
+        """Rings of an interface that comes under the fast path now, or does no more: both can't be there. XDP ends
+        before the program at tc does.
+        """
         rings = {what for what in self._have if isinstance(what, OpenIngress)}
         coming = {(what.ifindex, bool(what.family)) for what in wanted - rings if isinstance(what, OpenIngress)}
-        return {what for what in rings - wanted if (what.ifindex, not what.family) in coming}
+        xdp: set[Resource] = {what for what in self._have - wanted if isinstance(what, AttachXdp)}
+        return xdp | {what for what in rings - wanted if (what.ifindex, not what.family) in coming}
 
     async def _grant(self, wanted: Iterable[Resource]) -> None:
         missing = [what for what in wanted if what not in self._have and what not in self.refused]
