@@ -96,11 +96,15 @@ def known(core: int) -> list[System]:
     def ebpf(case: Case, directory: Path) -> list[str]:
         return _mrelay(case, directory, core, "ebpf")
 
+    def xdp(case: Case, directory: Path) -> list[str]:
+        return _mrelay(case, directory, core, "ebpf", "xdp = true\n")
+
     mroute = System("mroute", _mroute, _mroute_ready, peer=True, sink=("239.1.1.1", PORT))
     return [
         System("mrelay-uring", uring, _said_ready),
         System("mrelay-sendmmsg", uring, _said_ready, deny_io_uring=True),
         System("mrelay-ebpf", ebpf, _said_ready),
+        System("mrelay-xdp", xdp, _said_ready),
         mroute,
         # It drops merged frames with DF, so this is for networks where no sender sets that.
         dataclasses.replace(mroute, name="mroute-gro", gro_forwarding=True, needs_no_df=True),
@@ -239,10 +243,10 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 # ---- the table's functions: one pair for each kind of system --------------------------------------
 
 
-def _mrelay(case: Case, directory: Path, core: int, engine: str) -> list[str]:
+def _mrelay(case: Case, directory: Path, core: int, engine: str, more: str = "") -> list[str]:
     config = directory / "relay.toml"
     gro = '"auto"' if case.gro else "false"
-    text = f'[relay]\nworkers = [{core}]\nengine = "{engine}"\ngro = {gro}\n'
+    text = f'[relay]\nworkers = [{core}]\nengine = "{engine}"\ngro = {gro}\n{more}'
     config.write_text(text + "".join(_mrelay_rules(case)))
     state = directory / "state"
     state.mkdir(mode=0o777)

@@ -1,6 +1,7 @@
 /* What the kernel programs share with Python (src/mrelay/ebpf/layout.py; tests compare sizes and offsets).
  *
- * Who writes: F the program at tc ingress, R the rings' filters, W a worker, C control. Nobody else does.
+ * Who writes: F the programs at ingress, of which X is XDP's, R the rings' filters, W a worker, C control. Nobody
+ * else does.
  * Maps with BPF_F_MMAPABLE are memory that Python reads and writes without a system call.
  */
 #ifndef MRELAY_H
@@ -35,7 +36,11 @@ struct flow {
     __u32 start;   /* its outputs: route[start] ... */
     __u32 length;  /* ... route[start + length - 1]; at least one */
     __u32 waited;  /* frames left to the slow path since `tail` was set */
-    __u32 state;   /* what became of its last frame: enum passed, CARRIED when this path sent it on */
+    __u32 state;   /* what became of its last frame: enum passed, CARRIED or CARRIED_XDP when it was sent on */
+    __u64 given;   /* X: stamp of the last frame that XDP passed on; 0: none yet */
+    __u64 seen;    /* F at tc: stamp of the last frame that came with one */
+    __u32 why;     /* X: enum why_not_xdp, of the last frame that XDP passed on */
+    __u32 reserved;
 };
 
 /* ---- route: mmapped array of __u32, indices into `outputs` (W) ---- */
@@ -72,6 +77,7 @@ struct hop {
 }; /* 48 bytes */
 
 #define HOP_READY 1
+#define HOP_XDP 2 /* the interface takes frames from XDP */
 
 /* ---- counts: mmapped array, [processor][slot] (F, each processor its own) ---- */
 
@@ -94,6 +100,17 @@ enum passed {
 };
 
 #define CARRIED PASSED_REASONS
+#define CARRIED_XDP (CARRIED + 1)
+
+/* Why XDP left a flow's last frame to tc. */
+enum why_not_xdp {
+    XDP_SAW_NONE,
+    XDP_ORDER,      /* tc carries it, or will, and frames of the flow may still be on their way there */
+    XDP_OUTPUTS,    /* more than one: tc carries merged frames, which is more than XDP gains */
+    XDP_HOP,        /* its output's interface takes none from XDP */
+    XDP_PARTIAL,    /* the UDP checksum is for hardware to complete: the sender is on this host */
+    XDP_NO_ROOM,    /* the driver has no room for a stamp */
+};
 
 /* ---- progress: mmapped array, one for each worker; each writer has a cache line of its own ---- */
 

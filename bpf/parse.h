@@ -1,5 +1,5 @@
-/* From a frame's headers to the key of its flow, for every program. The headers may lie in the packet (tc) or
- * on the stack (rings' filters). */
+/* From a frame's headers to the key of its flow, for every program. The headers may lie in the packet (tc,
+ * XDP) or on the stack (rings' filters). */
 #ifndef PARSE_H
 #define PARSE_H
 
@@ -39,22 +39,22 @@ ALWAYS_INLINE _Bool is_plain6(const struct ipv6hdr *ip)
     return (*(const __u8 *)ip & 0xf0) == PLAIN6 && ip->nexthdr == IPPROTO_UDP;
 }
 
-ALWAYS_INLINE void read_key4(struct flow4_key *key, const struct __sk_buff *skb, const struct head4 *head)
+ALWAYS_INLINE void read_key4(struct flow4_key *key, __u32 ifindex, __u16 vlan, const struct head4 *head)
 {
     key->source = head->ip.saddr;
     key->group = head->ip.daddr;
-    key->ifindex = skb->ifindex;
+    key->ifindex = ifindex;
     key->port = head->udp.dest;
-    key->vlan = vlan_of(skb);
+    key->vlan = vlan;
 }
 
-ALWAYS_INLINE void read_key6(struct flow6_key *key, const struct __sk_buff *skb, const struct head6 *head)
+ALWAYS_INLINE void read_key6(struct flow6_key *key, __u32 ifindex, __u16 vlan, const struct head6 *head)
 {
     __builtin_memcpy(key->source, &head->ip.saddr, sizeof(key->source));
     __builtin_memcpy(key->group, &head->ip.daddr, sizeof(key->group));
-    key->ifindex = skb->ifindex;
+    key->ifindex = ifindex;
     key->port = head->udp.dest;
-    key->vlan = vlan_of(skb);
+    key->vlan = vlan;
 }
 
 #endif

@@ -2,14 +2,14 @@
  *
  * All or nothing: outputs are looked at first, and a frame that one of them can't take here is left to the slow
  * path as a whole, which gets every frame that this program passes on. A frame that ends here was counted. */
-#include "frame.h"
+#include "judge.h"
 #include "maps.h"
 #include "rewrite.h"
+#include "skb.h"
 
 #define QUEUED_AT_LIMIT 2 /* NET_XMIT_CN, linux/netdevice.h: queued, with a warning */
 
-const volatile __u32 flows_per_processor = 1; /* both set by the loader */
-const volatile __u32 short_bytes = 0;         /* as in ring.bpf.c */
+const volatile __u32 short_bytes = 0; /* as in ring.bpf.c; set by the loader */
 
 /* ---- passing on ---- */
 
@@ -65,38 +65,7 @@ ALWAYS_INLINE _Bool is_due(struct flow *flow, _Bool is_long)
     return 1;
 }
 
-/* Whether a socket of this host, none of the relay's own, is bound to where the frame goes. */
-ALWAYS_INLINE _Bool has_listener(struct __sk_buff *skb, struct bpf_sock_tuple *tuple, __u32 size)
-{
-    struct bpf_sock *sock = bpf_sk_lookup_udp(skb, tuple, size, BPF_F_CURRENT_NETNS, 0);
-    if (!sock)
-        return 0;
-    _Bool foreign = sock->mark != HELD_MARK;
-    bpf_sk_release(sock);
-    return foreign;
-}
-
 /* ---- outputs ---- */
-
-ALWAYS_INLINE struct output *output_at(__u32 place)
-{
-    __u32 *index = bpf_map_lookup_elem(&route, &place);
-    return index ? bpf_map_lookup_elem(&outputs, index) : 0;
-}
-
-ALWAYS_INLINE __u32 judge_output(const struct frame *frame, const struct output *output)
-{
-    if (!output)
-        return PASSED_HOP;
-    __u32 number = output->hop;
-    struct hop *hop = bpf_map_lookup_elem(&hops, &number);
-    if (!hop || !(hop->flags & HOP_READY) ||
-        (!output->keep && is_zero(output->source) && is_zero(hop->source)))
-        return PASSED_HOP;
-    if (!output->ttl && frame->ttl <= 1)
-        return PASSED_TTL;
-    return frame->size > hop->mtu ? PASSED_TOO_BIG : CARRIED;
-}
 
 /* For bpf_loop: 1 ends it. */
 static long check_output(__u32 index, void *context)
@@ -104,11 +73,6 @@ static long check_output(__u32 index, void *context)
     struct frame *frame = context;
     frame->reason = judge_output(frame, output_at(frame->start + index));
     return frame->reason != CARRIED;
-}
-
-ALWAYS_INLINE void count_error(const struct frame *frame, struct output *output)
-{
-    __sync_fetch_and_add(&output->errors, frame->datagrams);
 }
 
 /* For bpf_loop: a copy to one output. */
@@ -156,14 +120,13 @@ ALWAYS_INLINE __u32 judge(struct frame *frame, struct flow *flow, struct bpf_soc
     return frame->reason;
 }
 
-ALWAYS_INLINE void count_carried(const struct frame *frame, const struct flow *flow)
+/* XDP waits for the frame that it stamped last to come by here. Whatever else writes such data, it writes no
+ * stamp of ours. The exchange is for its order: on another processor XDP then sees `state` as this frame left it. */
+ALWAYS_INLINE void note_stamp(const struct __sk_buff *skb, struct flow *flow)
 {
-    __u32 index = bpf_get_smp_processor_id() * flows_per_processor + flow->slot;
-    struct count *count = bpf_map_lookup_elem(&counts, &index);
-    if (!count)
-        return;
-    count->packets += frame->datagrams;
-    count->bytes += frame->payload;
+    __u64 *stamp = (void *)(long)skb->data_meta;
+    if ((void *)(stamp + 1) <= (void *)(long)skb->data && *stamp != flow->seen)
+        __sync_lock_test_and_set(&flow->seen, *stamp);
 }
 
 ALWAYS_INLINE int carry(struct frame *frame, struct flow *flow, struct bpf_sock_tuple *tuple, __u32 size)
@@ -173,6 +136,7 @@ ALWAYS_INLINE int carry(struct frame *frame, struct flow *flow, struct bpf_sock_
         reason = PASSED_SHAPE;
     if (flow->state != reason)
         flow->state = reason;
+    note_stamp(frame->skb, flow);
     if (reason != CARRIED)
         return pass(frame->skb, reason);
     count_carried(frame, flow);
@@ -193,10 +157,7 @@ ALWAYS_INLINE int relay4(struct __sk_buff *skb)
     struct flow *flow = bpf_map_lookup_elem(&flows4, &key);
     if (!flow)
         return pass(skb, PASSED_NO_FLOW);
-    tuple.ipv4.saddr = key.source;
-    tuple.ipv4.daddr = key.group;
-    tuple.ipv4.sport = frame.port;
-    tuple.ipv4.dport = key.port;
+    set_tuple4(&tuple, &key, &frame);
     return carry(&frame, flow, &tuple, sizeof(tuple.ipv4));
 }
 
@@ -210,10 +171,7 @@ ALWAYS_INLINE int relay6(struct __sk_buff *skb)
     struct flow *flow = bpf_map_lookup_elem(&flows6, &key);
     if (!flow)
         return pass(skb, PASSED_NO_FLOW);
-    __builtin_memcpy(tuple.ipv6.saddr, key.source, sizeof(key.source));
-    __builtin_memcpy(tuple.ipv6.daddr, key.group, sizeof(key.group));
-    tuple.ipv6.sport = frame.port;
-    tuple.ipv6.dport = key.port;
+    set_tuple6(&tuple, &key, &frame);
     return carry(&frame, flow, &tuple, sizeof(tuple.ipv6));
 }
 

@@ -33,7 +33,7 @@ ALWAYS_INLINE struct flow *flow_of4(const struct __sk_buff *skb)
     struct flow4_key key;
     if (!load_head(skb, &head, sizeof(head)) || !is_plain4(&head.ip))
         return 0;
-    read_key4(&key, skb, &head);
+    read_key4(&key, skb->ifindex, vlan_of(skb), &head);
     return bpf_map_lookup_elem(&flows4, &key);
 }
 
@@ -43,7 +43,7 @@ ALWAYS_INLINE struct flow *flow_of6(const struct __sk_buff *skb)
     struct flow6_key key;
     if (!load_head(skb, &head, sizeof(head)) || !is_plain6(&head.ip))
         return 0;
-    read_key6(&key, skb, &head);
+    read_key6(&key, skb->ifindex, vlan_of(skb), &head);
     return bpf_map_lookup_elem(&flows6, &key);
 }
 

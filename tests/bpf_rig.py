@@ -13,6 +13,9 @@ from mrelay.kernel import bpf, libbpf
 
 TC_ACT_REDIRECT: Final = 7  # linux/pkt_cls.h
 TCX_NEXT: Final = -1  # linux/bpf.h
+XDP_PASS: Final = 2
+XDP_REDIRECT: Final = 4
+STAMP: Final = 8  # bytes that XDP may put before a frame
 LOOPBACK: Final = 1  # where BPF_PROG_TEST_RUN has frames come in
 OWN_MAC: Final = bytes.fromhex("020000000a01")
 NEXT_MAC: Final = bytes.fromhex("020000000a02")
@@ -69,6 +72,7 @@ class FastPath:
         self.sizes = layout.Sizes(workers, slots, routes, outputs=routes, cpus=libbpf.possible_cpus())
         self.maps = load.create_maps(self.sizes)
         self.program = load.load_relay(self.maps, self.sizes)
+        self.xdp = load.load_xdp(self.maps, self.sizes)
         self.arrays = {name: self._array(name, dtype) for name, dtype in _DTYPES.items()}
         self.flows = {
             family: bpf.Map(self.maps[name], np.dtype(kind).itemsize, np.dtype(layout.FLOW).itemsize)
@@ -86,7 +90,7 @@ class FastPath:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for fd in (self.program, *self.maps.values()):
+        for fd in (self.program, self.xdp, *self.maps.values()):
             os.close(fd)
 
     def set_hop(self, number: int = 0, **values: object) -> None:
@@ -97,8 +101,17 @@ class FastPath:
         for name, value in {**usual, **values}.items():
             hop[name] = np.frombuffer(value, "u1") if isinstance(value, bytes) else value
 
-    def install(self, flow: bytes, *outputs: Out, tail: int = 0, worker: int = 0, slot: int = 0) -> None:
-        """A flow with these outputs, at the start of the first half."""
+    def install(
+        self,
+        flow: bytes,
+        *outputs: Out,
+        tail: int = 0,
+        worker: int = 0,
+        slot: int = 0,
+        state: int = 0,
+        stamp: int = 0,
+    ) -> None:
+        """A flow with these outputs, at the start of the first half. `stamp`: given by XDP, and seen at tc."""
         for i, output in enumerate(outputs):
             at = self.arrays["outputs"][i]
             at["address"], at["source"] = (
@@ -108,7 +121,7 @@ class FastPath:
                 at[name] = getattr(output, name)
             at["multicast"] = ipaddress.ip_address(output.address).is_multicast
             self.arrays["route"][i]["output"] = i
-        value = struct.pack("<QIIIIII", tail, worker, slot, 0, len(outputs), 0, 0)
+        value = struct.pack("<QIIIIIIQQII", tail, worker, slot, 0, len(outputs), 0, state, stamp, stamp, 0, 0)
         self.flows[4 if len(flow) == 16 else 6].update(flow, value)
 
     def flow(self, flow: bytes) -> Any:
@@ -121,6 +134,13 @@ class FastPath:
         """The program's verdict on a frame, and what it made of it."""
         done = libbpf.test_run(self.program, frame, context)
         return done.verdict, done.frame
+
+    def run_xdp(self, frame: bytes) -> tuple[int, bytes, int]:
+        """The same of XDP's, and the stamp that it put before a frame that it passed on; 0: none."""
+        done = libbpf.test_run(self.xdp, frame)
+        if done.verdict != XDP_PASS or len(done.frame) == len(frame):
+            return done.verdict, done.frame, 0
+        return done.verdict, done.frame[STAMP:], int.from_bytes(done.frame[:STAMP], "little")
 
     def passed(self) -> dict[str, int]:
         """Frames passed on so far, by reason; those that are not zero."""

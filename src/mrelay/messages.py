@@ -88,7 +88,17 @@ class SetGro:
     ifindex: int
 
 
-Resource = OpenIngress | JoinGroup | HoldUnicast | OpenEgress | SetGro
+@dataclass(frozen=True, slots=True)
+class AttachXdp:
+    """The fast path's XDP program in the driver of `ifindex`; only while the rings for a family are open there.
+
+    While it is, an XdpTargets tells which interfaces it may send to, before Done and whenever that changes.
+    """
+
+    ifindex: int
+
+
+Resource = OpenIngress | JoinGroup | HoldUnicast | OpenEgress | SetGro | AttachXdp
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +259,13 @@ class FastPath:
 
 
 @dataclass(frozen=True, slots=True)
+class XdpTargets:
+    """Supervisor to control: the interfaces that take frames from XDP now."""
+
+    ifindexes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerDown:
     """A worker ended; another is started in `delay` seconds. `trouble`: why it keeps ending, or is not started."""
 
@@ -399,8 +416,8 @@ Message = (
     Status | LogLevel
     | Grant | Release | Listen | StartWorkers | ProbeNeighbour | Quit | Ready | Done | Listening | Failed | Setup
     | Held
-    | WorkerUp | FastPath | WorkerDown | Reload | WorkerSetup | Granted | Revoked | Stop | PutRule | DropRule
-    | Commit | Committed | Sync | Synced
+    | WorkerUp | FastPath | XdpTargets | WorkerDown | Reload | WorkerSetup | Granted | Revoked | Stop | PutRule
+    | DropRule | Commit | Committed | Sync | Synced
 )  # fmt: skip
 
 _CLASSES: Final[dict[str, type]] = {

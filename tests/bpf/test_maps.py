@@ -7,6 +7,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bpf_rig import FastPath
@@ -15,6 +16,7 @@ from mrelay.kernel import bpf, libbpf
 from netns.lab import Namespace, command
 
 pytestmark = pytest.mark.netns
+VALUE = np.dtype(layout.FLOW).itemsize
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def numbered(number: int, size: int) -> bytes:
 
 def test_elements_come_and_go(flows: bpf.Map) -> None:
     """Update, lookup, delete."""
-    key, value = numbered(1, 16), numbered(2, 32)
+    key, value = numbered(1, 16), numbered(2, VALUE)
     assert flows.lookup(key) is None
     flows.update(key, value)
     assert flows.lookup(key) == value
@@ -41,7 +43,7 @@ def test_elements_come_and_go(flows: bpf.Map) -> None:
 
 def test_flags_of_update(flows: bpf.Map) -> None:
     """They reach the kernel, and what it says comes back."""
-    key, value = numbered(1, 16), numbered(2, 32)
+    key, value = numbered(1, 16), numbered(2, VALUE)
     with pytest.raises(FileNotFoundError):
         flows.update(key, value, bpf.BPF_EXIST)
     flows.update(key, value, bpf.BPF_NOEXIST)
@@ -53,9 +55,9 @@ def test_flags_of_update(flows: bpf.Map) -> None:
 def test_a_full_map_says_so(flows: bpf.Map) -> None:
     """As E2BIG."""
     for number in range(16):
-        flows.update(numbered(number, 16), bytes(32))
+        flows.update(numbered(number, 16), bytes(VALUE))
     with pytest.raises(OSError, match="Argument list too long") as caught:
-        flows.update(numbered(16, 16), bytes(32))
+        flows.update(numbered(16, 16), bytes(VALUE))
     assert caught.value.errno == errno.E2BIG
 
 
@@ -64,11 +66,11 @@ def test_keys_are_walked(flows: bpf.Map) -> None:
     keys = {numbered(number, 16) for number in range(16)}
     assert list(flows.keys()) == []
     for key in keys:
-        flows.update(key, bytes(32))
+        flows.update(key, bytes(VALUE))
     assert sorted(flows.keys()) == sorted(keys)
     seen = []
     for key in list(flows.keys()):
-        assert flows.lookup(key) == bytes(32)
+        assert flows.lookup(key) == bytes(VALUE)
         assert flows.delete(key)
         seen.append(key)
     assert set(seen) == keys
@@ -76,7 +78,7 @@ def test_keys_are_walked(flows: bpf.Map) -> None:
 
 def test_sizes_are_checked_before_the_kernel_reads(flows: bpf.Map) -> None:
     """It would read beyond."""
-    for key, value in ((bytes(15), bytes(32)), (bytes(16), bytes(31))):
+    for key, value in ((bytes(15), bytes(VALUE)), (bytes(16), bytes(VALUE - 1))):
         with pytest.raises(ValueError, match="bytes for a map of"):
             flows.update(key, value)
     with pytest.raises(ValueError, match="a key of 17 bytes"):
@@ -101,7 +103,7 @@ def test_read_only_memory(path: FastPath) -> None:
 def test_memory_of_a_map_that_has_none(path: FastPath) -> None:
     """Hashes can't be mapped."""
     with pytest.raises(OSError, match=r"Errno"):
-        bpf.map_memory(path.maps["flows4"], 32, writable=True)
+        bpf.map_memory(path.maps["flows4"], VALUE, writable=True)
 
 
 # ---- objects ----

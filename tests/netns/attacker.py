@@ -21,6 +21,7 @@ from unittest import mock
 
 from mrelay.kernel import landlock, seccomp
 from mrelay.messages import (
+    AttachXdp,
     Channel,
     Done,
     Failed,
@@ -184,6 +185,10 @@ def hostile(link: int) -> dict[str, Message]:
         "gro nowhere": SetGro(0),
         "gro on no interface": SetGro(99999),
         "gro on a huge interface": SetGro(BIG),
+        "xdp nowhere": AttachXdp(0),
+        "xdp on no interface": AttachXdp(99999),
+        "xdp without rings": AttachXdp(1),
+        "xdp on a huge interface": AttachXdp(BIG),
     }
     return {name: Grant(number, what) for number, (name, what) in enumerate(whats.items())} | OTHERS
 
@@ -210,6 +215,7 @@ def anything(chance: random.Random) -> Grant | Listen | StartWorkers:
         lambda: Grant(1, HoldUnicast(_text(chance), _number(chance))),
         lambda: Grant(1, _egress(chance)),
         lambda: Grant(1, SetGro(_number(chance))),
+        lambda: Grant(1, AttachXdp(_number(chance))),
         lambda: Listen(1, _number(chance), _text(chance)),
         lambda: StartWorkers(1, (_number(chance), _number(chance)), _number(chance)),
     ]

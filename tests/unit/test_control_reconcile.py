@@ -5,6 +5,7 @@ import errno
 import logging
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -19,6 +20,7 @@ from mrelay.control.rulebook import Rulebook
 from mrelay.control.state import State, StateFile
 from mrelay.control.want import UP, Settings, rule_state
 from mrelay.messages import (
+    AttachXdp,
     Committed,
     HoldUnicast,
     JoinGroup,
@@ -36,6 +38,7 @@ A = "eth0:239.1.1.1:5000"
 JOIN = JoinGroup(2, "239.1.1.1", None)
 RING = OpenIngress(2, 1024)
 GRO = SetGro(2)
+GRO_AUTO = Settings("auto", 1024)
 EGRESS = OpenEgress(0, 3, 4, "239.2.2.2", 6000, "egress", 0)
 
 
@@ -46,7 +49,7 @@ def rule(name: str = "a", origin: str = A, *outputs: str) -> Rule:
 class Scene(Roles):
     """A running Reconciler between the fakes. Links and rules are set by hand."""
 
-    def __init__(self, workers: int = 1, held: Iterable[Resource] = ()) -> None:
+    def __init__(self, workers: int = 1, held: Iterable[Resource] = (), settings: Settings = GRO_AUTO) -> None:
         super().__init__(workers)
         self.links = LinkTable(what for what in held if isinstance(what, OpenEgress))
         self.links.update([ETH0, ETH1])
@@ -59,7 +62,7 @@ class Scene(Roles):
             self.links,
             self.book,
             self.hops,
-            settings=Settings("auto", 1024),
+            settings=settings,
             held=held,
         )
 
@@ -84,8 +87,10 @@ class Scene(Roles):
 
 
 @asynccontextmanager
-async def scene(workers: int = 1, held: Iterable[Resource] = ()) -> AsyncIterator[Scene]:
-    it = Scene(workers, held)
+async def scene(
+    workers: int = 1, held: Iterable[Resource] = (), settings: Settings = GRO_AUTO
+) -> AsyncIterator[Scene]:
+    it = Scene(workers, held, settings)
     task = asyncio.create_task(it.reconciler.run())
     yield it
     task.cancel()
@@ -357,5 +362,27 @@ def test_rules_are_saved_before_they_run(tmp_path: Path) -> None:
             with pytest.raises(OSError, match="full"):
                 await it.book.change(it.book.checked([rule()]))
             assert it.book.rules == ()
+
+    run(work)
+
+
+def test_xdp_is_done_without_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    """Refused, said once, the rule is up; a link that changes is a reason to try; its end comes before tc's."""
+    xdp, ring = AttachXdp(2), OpenIngress(2, 1024, family=4)
+    ether = replace(ETH0, kind=1)
+
+    async def work() -> None:
+        async with scene(settings=Settings("auto", 1024, fast=True, xdp=True)) as it:
+            await it.see(ether, ETH1)
+            it.fake.refuse(xdp, "another XDP program is there")
+            await it.rules(rule())
+            assert (it.state(), it.reconciler.xdp_at(2)) == (UP, "another XDP program is there")
+            await it.see(ether, ETH1, Link("eth7", 7, True))
+            assert len([r for r in caplog.records if "no XDP" in r.message]) == 1
+            del it.fake.refuses[xdp]
+            assert await it.see(ether, ETH1) == [("grant", xdp)]
+            assert (it.reconciler.xdp_at(2), it.reconciler.xdp_at(3)) == ("", None)
+            said = await it.rules()
+            assert said.index(("release", xdp)) < said.index(("release", ring))
 
     run(work)

@@ -1,7 +1,10 @@
 """From rules and links to what is wanted: compiled rules, resources, states. Pure."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from ipaddress import ip_address
+
+import pytest
 
 from mrelay.control.links import Link, LinkTable
 from mrelay.control.slots import Slots
@@ -17,6 +20,7 @@ from mrelay.control.want import (
     rule_state,
 )
 from mrelay.messages import (
+    AttachXdp,
     HoldUnicast,
     JoinGroup,
     OpenEgress,
@@ -30,6 +34,7 @@ from mrelay.model.rule import Rule
 
 ETH0 = Link("eth0", 2, True, frozenset({"10.0.0.1"}))
 ETH1 = Link("eth1", 3, True, frozenset({"10.0.1.1"}), frozenset({"fe80::1"}))
+ETHER = replace(ETH0, kind=1)
 DOWN = Link("eth2", 4, False)
 ANY_V4 = 0, 2**32 - 1
 GRO = Settings("auto", 1024)
@@ -112,6 +117,20 @@ def test_what_a_multicast_rule_opens_and_joins() -> None:
 def test_no_gro_when_it_is_off() -> None:
     (one,) = plan(rule("eth0:239.1.1.1:5000", "eth1:239.2.2.2:6000"), settings=Settings(False, 1024))
     assert not any(isinstance(what, SetGro) for what in one.needs())
+
+
+@pytest.mark.parametrize(("xdp", "wanted"), [(False, False), (True, True), (("eth0",), True), (("eth1",), False)])
+def test_xdp_where_it_was_asked_for(xdp: bool | tuple[str, ...], wanted: bool) -> None:
+    settings = Settings("auto", 1024, fast=True, xdp=xdp)
+    (one,) = plan(rule("eth0:239.1.1.1:5000", "eth1:239.2.2.2:6000"), links=(ETHER, ETH1), settings=settings)
+    assert (AttachXdp(2) in one.opens()) is wanted
+
+
+def test_no_xdp_without_the_program_at_tc() -> None:
+    rules = rule("eth0:239.1.1.1:5000", "eth1:*:*"), rule("eth0:239.1.1.1:5000,vlan=7", "eth1:*:*", name="tagged")
+    for settings in Settings("auto", 1024, fast=True, xdp=True), Settings("auto", 1024, xdp=True):
+        for one in plan(*rules, links=(ETHER, ETH1), settings=settings):
+            assert AttachXdp(2) not in one.needs()
 
 
 def test_a_host_source_is_joined_a_source_prefix_is_not() -> None:

@@ -17,15 +17,15 @@ import numpy as np
 
 from mrelay.control.links import Link, LinkTable
 from mrelay.control.routes import UNSEEN, Hop, Reached
-from mrelay.ebpf.carry import REASONS, why_not
-from mrelay.ebpf.layout import CARRIED, HOP_READY, PASSED
+from mrelay.ebpf.carry import NOT_XDP, REASONS, why_not
+from mrelay.ebpf.layout import CARRIED, CARRIED_XDP, HOP_READY, HOP_XDP, PASSED, WHY_NOT_XDP
 from mrelay.ebpf.maps import Maps, flow_key
 from mrelay.messages import OpenEgress, PutRule
 from mrelay.model.ruleset import FlowKey, Route
 
 log = logging.getLogger(__name__)
 
-EBPF, URING = "ebpf", "uring"  # the engines
+XDP, EBPF, URING = "xdp", "ebpf", "uring"  # the engines
 ARPHRD_ETHER: Final = 1  # linux/if_arp.h
 ARPHRD_NONE: Final = 0xFFFE  # WireGuard, tun: no link-layer header, and no neighbours
 TAKE_OVER: Final = 10.0  # seconds in which the workers give all flows of an earlier relay their new outputs
@@ -33,8 +33,12 @@ GRACE: Final = 0.001  # seconds: a program that runs has read what it needs of a
 # In place of the groups that an output with `*` keeps: all that counts is which source the kernel would choose.
 ANY_GROUP: Final = {4: "239.0.0.1", 6: "ff0e::1"}
 _HOP: Final = struct.Struct("=III6s6s8x16s")  # struct hop
+_FLAGS: Final = struct.Struct("=I")  # its first member
 _RANGE: Final = struct.Struct("=III16s")  # struct range_key
 _UNREADY: Final = bytes(_HOP.size)
+
+
+States = dict[bytes, tuple[int, int]]  # by key: `state` and `why` of struct flow
 
 
 def carries(link: Link) -> bool:
@@ -69,6 +73,7 @@ class FastPath:
         self._egresses: dict[int, OpenEgress] = {}
         self._ingresses: frozenset[int] = frozenset()
         self._changed, self._writing = asyncio.Event(), asyncio.Lock()
+        self._targets: frozenset[int] = frozenset()  # interfaces that take frames from XDP
         self._left: set[int] = set()
         self._hops = maps.hops.data.cast("B")
         self._written: dict[int, bytes] = {}
@@ -100,6 +105,11 @@ class FastPath:
         self._egresses = {egress.output: egress for egress in egresses}
         await self._catch_up()
 
+    def set_targets(self, ifindexes: frozenset[int]) -> None:
+        """These interfaces take frames from XDP."""
+        self._targets = ifindexes
+        self._changed.set()
+
     def look_again(self) -> None:
         """A link or a next hop changed."""
         self._changed.set()
@@ -129,7 +139,8 @@ class FastPath:
             at = number * _HOP.size
             self._hops[at + 4 : at + _HOP.size] = record[4:]
         ready = [number for number, record in changed.items() if record != _UNREADY]
-        flags[ready] = HOP_READY
+        for number in ready:
+            flags[number] = _FLAGS.unpack_from(changed[number])[0]
         self._written |= {number: changed[number] for number in ready}
         for number in changed.keys() - set(ready):
             self._written.pop(number, None)
@@ -149,7 +160,9 @@ class FastPath:
             return _UNREADY
         source = ipaddress.ip_address(found.source).packed if found.source else b""
         mtu = min(link.mtu, found.mtu or link.mtu)
-        return _HOP.pack(HOP_READY, link.ifindex, mtu, found.mac, link.mac, source)
+        takes_xdp = link.kind == ARPHRD_ETHER and link.ifindex in self._targets
+        flags = HOP_READY | (HOP_XDP if takes_xdp else 0)
+        return _HOP.pack(flags, link.ifindex, mtu, found.mac, link.mac, source)
 
     # ---- ranges ------------------------------------------------------------------------------
 
@@ -168,18 +181,20 @@ class FastPath:
 
     # ---- what became of flows ------------------------------------------------------------------
 
-    def states(self) -> dict[bytes, int]:
-        """What became of the last frame of each installed flow (struct flow, `state`). For threads, too."""
-        found: dict[bytes, int] = {}
+    def states(self) -> States:
+        """What became of the last frame of each installed flow. For threads, too."""
+        found: States = {}
         for family in (4, 6):
             keys, values = self._maps.all_flows(family)
-            found |= zip((key.tobytes() for key in keys), values["state"].tolist(), strict=True)
+            pairs = zip(values["state"].tolist(), values["why"].tolist(), strict=True)
+            found |= zip((key.tobytes() for key in keys), pairs, strict=True)
         return found
 
-    def carried(self) -> int:
-        """Flows whose last frame it carried. For threads, too."""
-        states = [self._maps.all_flows(family)[1]["state"] for family in (4, 6)]
-        return sum(int(np.count_nonzero(each == CARRIED)) for each in states)
+    def carried(self) -> dict[str, int]:
+        """Flows whose last frame it carried, by engine. For threads, too."""
+        states = np.concatenate([self._maps.all_flows(family)[1]["state"] for family in (4, 6)])
+        engines = {XDP: CARRIED_XDP, EBPF: CARRIED}
+        return {engine: int(np.count_nonzero(states == state)) for engine, state in engines.items()}
 
     def is_at(self, ifindex: int) -> bool:
         """Whether it is at this interface's ingress."""
@@ -190,13 +205,21 @@ class FastPath:
         return dict(zip(PASSED, self._maps.passed.sum(axis=0).tolist(), strict=False))
 
 
-def engine_of(key: FlowKey, route: Route, states: Mapping[bytes, int] | None, at_ingress: bool) -> tuple[str, str]:
-    """Which engine carries a flow, and why not the faster one. `states` is None where there is no fast path."""
+def engine_of(
+    key: FlowKey, route: Route, states: States | None, no_xdp: str | None, at_ingress: bool
+) -> tuple[str, str]:
+    """Which engine carries a flow, and why not the faster one.
+
+    `states` is None where there is no fast path; `no_xdp` says why there is no XDP where it was asked for, or ""
+    when there is.
+    """
     if states is None:
         return URING, ""
-    state = states.get(flow_key(key))
+    state, why = states.get(flow_key(key), (None, 0))
+    if state == CARRIED_XDP:
+        return XDP, ""
     if state == CARRIED:
-        return EBPF, ""
+        return EBPF, "" if no_xdp is None else no_xdp or NOT_XDP[WHY_NOT_XDP[why]]
     if state is not None:
         return URING, REASONS[PASSED[state]] if state < len(PASSED) else f"state {state}"
     if not at_ingress:

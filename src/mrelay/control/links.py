@@ -92,6 +92,10 @@ class LinkTable:
         """How often the link's addresses of this family changed since they were first seen."""
         return self._epochs.get((ifindex, family), 0)
 
+    def numbers(self) -> set[int]:
+        """Of all links."""
+        return set(self._names)
+
     def name(self, ifindex: int) -> str:
         """The link's name, or its number once it is gone."""
         return self._names.get(ifindex, str(ifindex))

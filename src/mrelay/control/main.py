@@ -25,7 +25,7 @@ from mrelay.control.relay import Host, Relay
 from mrelay.control.routes import NextHops
 from mrelay.control.rulebook import Rulebook, merge
 from mrelay.control.sampler import Sampler
-from mrelay.control.settings import choose_cores, override
+from mrelay.control.settings import choose_cores, idle_xdp, override
 from mrelay.control.state import State, StateFile
 from mrelay.control.stats import Stats
 from mrelay.control.supervisor import Event, RequestFailed, Supervisor
@@ -33,7 +33,7 @@ from mrelay.control.want import UP, Settings
 from mrelay.control.workers import Workers
 from mrelay.ebpf.carry import CHOSEN
 from mrelay.ebpf.maps import Maps, sizes_of
-from mrelay.messages import BadMessage, Held, OpenEgress, Reload, Setup, Stop, WorkerDown, WorkerUp
+from mrelay.messages import BadMessage, Held, OpenEgress, Reload, Setup, Stop, WorkerDown, WorkerUp, XdpTargets
 from mrelay.messages import FastPath as FastPathMessage
 from mrelay.model.config import Config, RelaySettings, load_config
 from mrelay.model.issue import ConfigError
@@ -67,6 +67,8 @@ class Control:
         self._maps: Maps | None = None
         self._pinned = False
         self._no_fast_path = CHOSEN
+        self._fast: FastPath | None = None
+        self._targets: frozenset[int] = frozenset()
         self._relay: Relay | None = None
         self._server: Server | None = None
         self.workers = Workers(self._on_worker_up, self._on_end)
@@ -88,6 +90,10 @@ class Control:
             case FastPathMessage():
                 self._maps = Maps(fds, sizes_of(event)) if fds else None
                 self._no_fast_path, self._pinned = event.problem, event.pinned
+            case XdpTargets(ifindexes):
+                self._targets = frozenset(ifindexes)
+                if self._fast is not None:
+                    self._fast.set_targets(self._targets)
             case Reload():
                 self._spawn(self._reload(event, fds))
             case Stop():
@@ -169,7 +175,9 @@ class Control:
         hops = NextHops(self._on_hops, self.supervisor.probe)
         await self._start_workers(cores, relay, restarted=setup.restarted)
         fast = self._fast_path(links, hops, relay.engine)
-        settings = Settings(relay.gro, relay.ring_slots, fast is not None)
+        settings = Settings(relay.gro, relay.ring_slots, fast is not None, relay.xdp)
+        for problem in idle_xdp(relay.xdp, {rule.from_.interface for rule in book.rules}, fast is not None):
+            log.warning("%s", problem)
         self._reconciler = Reconciler(
             self.supervisor, self.workers, links, book, hops, settings=settings, held=held, fast=fast
         )
@@ -244,7 +252,8 @@ class Control:
             if engine == "auto":
                 log.warning("no kernel fast path: %s; forwarding in user space", self._no_fast_path)
             return None
-        fast = FastPath(self._maps, links, hops.reached, pinned=self._pinned)
+        self._fast = fast = FastPath(self._maps, links, hops.reached, pinned=self._pinned)
+        fast.set_targets(self._targets)
         self._spawn(fast.run())
         return fast
 

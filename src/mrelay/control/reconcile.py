@@ -28,7 +28,7 @@ from mrelay.control.want import (
     rule_state,
 )
 from mrelay.control.workers import Workers
-from mrelay.messages import HoldUnicast, JoinGroup, OpenEgress, OpenIngress, PutRule, Resource, SetGro
+from mrelay.messages import AttachXdp, HoldUnicast, JoinGroup, OpenEgress, OpenIngress, PutRule, Resource, SetGro
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,8 @@ class Reconciler:
         self._wake = asyncio.Event()
         self._waiting: list[asyncio.Future[None]] = []
         self._states: dict[str, str] = {}
-        self._refused: set[Resource] = set()  # GRO and held ports: done without, retried when a link changes
+        self.refused: dict[Resource, str] = {}  # GRO, XDP, held ports: done without, retried when a link changes
+        self._no_xdp: dict[int, str] = {}  # what was last said of it, by interface
         self._known: dict[str, RulePlan] = {}  # made since the links last changed
         self.plans: list[RulePlan] = []
         self.failed: dict[Resource, str] = {}
@@ -105,7 +106,7 @@ class Reconciler:
 
     def links_changed(self) -> None:
         """The same, and what was refused for good may now be had."""
-        self._refused.clear()
+        self.refused.clear()
         self._known = {}
         self._hops.look_again()
         self._wake.set()
@@ -143,7 +144,7 @@ class Reconciler:
         self._known = {plan.rule.name: plan for plan in plans}
         wanted = {what for plan in plans for what in plan.needs()}
         self.failed = {what: problem for what, problem in self.failed.items() if what in wanted}
-        self._refused &= wanted
+        self.refused = {what: why for what, why in self.refused.items() if what in wanted}
         await self._release(self._in_the_way(wanted))
         await self._grant({what for plan in plans for what in plan.opens()})
         await self._release(what for what in self._have - wanted if isinstance(what, JoinGroup))
@@ -173,13 +174,16 @@ class Reconciler:
             await self._fast.follow(what for what in self._have if isinstance(what, OpenEgress))
 
     def _in_the_way(self, wanted: AbstractSet[Resource]) -> set[Resource]:
-        """Rings of an interface that comes under the fast path now, or does no more: both can't be there."""
+        """Rings of an interface that comes under the fast path now, or does no more: both can't be there. XDP ends
+        before the program at tc does.
+        """
         rings = {what for what in self._have if isinstance(what, OpenIngress)}
         coming = {(what.ifindex, bool(what.family)) for what in wanted - rings if isinstance(what, OpenIngress)}
-        return {what for what in rings - wanted if (what.ifindex, not what.family) in coming}
+        xdp: set[Resource] = {what for what in self._have - wanted if isinstance(what, AttachXdp)}
+        return xdp | {what for what in rings - wanted if (what.ifindex, not what.family) in coming}
 
     async def _grant(self, wanted: Iterable[Resource]) -> None:
-        missing = [what for what in wanted if what not in self._have and what not in self._refused]
+        missing = [what for what in wanted if what not in self._have and what not in self.refused]
         await asyncio.gather(*map(self._grant_one, sorted(missing, key=_rank)))
 
     async def _grant_one(self, what: Resource) -> None:
@@ -197,12 +201,26 @@ class Reconciler:
             log.log(
                 level, "%s: no UDP GRO forwarding, slower but right: %s", self._links.name(what.ifindex), error
             )
-            self._refused.add(what)
+            self.refused[what] = str(error)
+        elif isinstance(what, AttachXdp):
+            self._xdp_refused(what, str(error))
         elif isinstance(what, HoldUnicast) and error.errno == errno.EADDRINUSE:
             # A program of this host listens there: so no port-unreachable is sent anyway.
-            self._refused.add(what)
+            self.refused[what] = str(error)
         else:
             self.failed[what] = str(error)
+
+    def _xdp_refused(self, what: AttachXdp, why: str) -> None:
+        """The rule is up all the same, by tc. Each problem is said once: any link's change has us try again."""
+        self.refused[what] = why
+        if self._no_xdp.get(what.ifindex) != why:
+            log.warning("%s: no XDP, tc forwards: %s", self._links.name(what.ifindex), why)
+        self._no_xdp[what.ifindex] = why
+
+    def xdp_at(self, ifindex: int) -> str | None:
+        """Why XDP is not at an interface where it was asked for; "" when it is, None when nobody asked."""
+        what = AttachXdp(ifindex)
+        return "" if what in self._have else self.refused.get(what)
 
     async def _release(self, surplus: Iterable[Resource]) -> None:
         await asyncio.gather(*map(self._release_one, sorted(surplus, key=_rank)))
@@ -239,4 +257,4 @@ def _states(plan: RulePlan, trouble: Mapping[Resource, str]) -> Iterator[tuple[s
 
 def _rank(what: Resource) -> int:
     """Sockets and GRO before the ring that brings the packets, memberships last."""
-    return (OpenEgress, SetGro, OpenIngress, HoldUnicast, JoinGroup).index(type(what))
+    return (OpenEgress, SetGro, OpenIngress, AttachXdp, HoldUnicast, JoinGroup).index(type(what))

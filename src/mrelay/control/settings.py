@@ -19,6 +19,14 @@ def override(settings: RelaySettings, engine: str | None, workers: str | None) -
         raise ConfigError(issues_of(error, "command line")) from None
 
 
+def idle_xdp(wanted: bool | tuple[str, ...], inputs: Collection[str], fast: bool) -> list[str]:
+    """What of the setting `xdp` does nothing now, each with the remedy. `inputs`: interfaces with rules."""
+    if wanted and not fast:
+        return ["xdp does nothing without the kernel's fast path: leave it out, or see why there is none above"]
+    named = () if isinstance(wanted, bool) else wanted
+    return [f"xdp names {name}, but no rule has its input there" for name in named if name not in inputs]
+
+
 def choose_cores(wanted: str | int | list[int], available: Collection[int], file: str) -> tuple[int, ...]:
     """The cores for the setting `workers`; ConfigError when the host hasn't got them."""
     cores = sorted(available)

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mrelay.control.fastpath import EBPF, URING, FastPath, engine_of
+from mrelay.control.fastpath import EBPF, URING, XDP, FastPath, States, engine_of
 from mrelay.control.links import LinkTable
 from mrelay.control.reconcile import Reconciler
 from mrelay.control.rulebook import Rulebook
@@ -31,7 +31,7 @@ SETTLE_TRIES = 20
 SETTLE_PAUSE = 0.0005  # seconds
 
 Table = dict[str, Any]
-States = dict[tuple[str, str], str]  # by rule and output
+OutputStates = dict[tuple[str, str], str]  # by rule and output
 Counted = tuple[U64, U64, NDArray[np.float64]]  # by slot: of rules, of links, of rules each second
 
 
@@ -58,7 +58,7 @@ class Stats:
         received, matched, *drops = np.array([NOTHING, *totals], np.uint64).sum(axis=0).tolist()
         book, rates = self._book, self._sampler.rules()
         flows = sum(_flow_count(worker) for worker in self._workers.by_number.values())
-        carried = min(flows, await asyncio.to_thread(self.carried))
+        carried = await asyncio.to_thread(self.carried)
         return {
             "received": received,
             "matched": matched,
@@ -71,7 +71,7 @@ class Stats:
                 self._reconciler.output_states(),
             ),
             "flows": flows,
-            "engines": {EBPF: carried, URING: flows - carried},
+            "engines": {**carried, URING: max(0, flows - sum(carried.values()))},
             "carried": sum(worker.counters.carried for worker in self._workers.by_number.values()),
             "passed": {} if self._fast is None else self._fast.passed(),
         }
@@ -86,15 +86,20 @@ class Stats:
         await self._workers.sync()
         tables = {number: flow_table(worker) for number, worker in self._workers.by_number.items()}
         rates = {number: self._sampler.flows(number, table) for number, table in tables.items()}
-        return {"flows": await asyncio.to_thread(_flows, tables, rates, self._names(), self._fast)}
+        return {"flows": await asyncio.to_thread(_flows, tables, rates, self._names(), self._fast, self._no_xdp())}
 
-    def carried(self) -> int:
-        """Flows that the fast path carries now."""
-        return 0 if self._fast is None else self._fast.carried()
+    def _no_xdp(self) -> dict[int, str]:
+        """By interface where XDP was asked for: why it is not there, or nothing."""
+        found = ((ifindex, self._reconciler.xdp_at(ifindex)) for ifindex in self._links.numbers())
+        return {ifindex: why for ifindex, why in found if why is not None}
+
+    def carried(self) -> dict[str, int]:
+        """Flows that the fast path carries now, by engine."""
+        return {XDP: 0, EBPF: 0} if self._fast is None else self._fast.carried()
 
     def outliving(self) -> int:
         """Those that the kernel would go on with if the relay ended."""
-        return self.carried() if self._fast is not None and self._fast.pinned else 0
+        return sum(self.carried().values()) if self._fast is not None and self._fast.pinned else 0
 
     def _names(self) -> "Names":
         slots = self._book.slots
@@ -151,11 +156,11 @@ def _flow_count(worker: Worker) -> int:
     return int(np.count_nonzero((worker.counters.keys[4] != 0) & (worker.counters.flows[0] != 0)))
 
 
-def _rules(rules: tuple[Rule, ...], slots: Slots, counted: Counted, states: States) -> list[Table]:
+def _rules(rules: tuple[Rule, ...], slots: Slots, counted: Counted, states: OutputStates) -> list[Table]:
     return [_rule(rule, slots, counted, states) for rule in rules]
 
 
-def _rule(rule: Rule, slots: Slots, counted: Counted, states: States) -> Table:
+def _rule(rule: Rule, slots: Slots, counted: Counted, states: OutputStates) -> Table:
     counts, links, rates = counted
     slot = slots.rules[rule.name]
     packets, octets = _above_base(counts, slot)
@@ -193,11 +198,15 @@ class Names:
 
 
 def _flows(
-    tables: dict[int, FlowTable], rates: dict[int, NDArray[np.float64]], names: Names, fast: FastPath | None
+    tables: dict[int, FlowTable],
+    rates: dict[int, NDArray[np.float64]],
+    names: Names,
+    fast: FastPath | None,
+    no_xdp: dict[int, str],
 ) -> list[Table]:
     states = None if fast is None else fast.states()
     flows = [
-        _flow(worker, flow_key(key), numbers, names) | _engine(flow_key(key), names, states, fast)
+        _flow(worker, flow_key(key), numbers, names) | _engine(flow_key(key), names, states, fast, no_xdp)
         for worker, table in tables.items()
         for key, *numbers in zip(
             table.keys.T.tolist(), *table.counts.tolist(), *rates[worker].tolist(), strict=True
@@ -226,9 +235,11 @@ def _flow(worker: int, flow: FlowKey, numbers: list[float], names: Names) -> Tab
     }
 
 
-def _engine(key: FlowKey, names: Names, states: dict[bytes, int] | None, fast: FastPath | None) -> Table:
+def _engine(
+    key: FlowKey, names: Names, states: States | None, fast: FastPath | None, no_xdp: dict[int, str]
+) -> Table:
     at_ingress = fast is not None and fast.is_at(key.ifindex)
-    engine, why = engine_of(key, names.rules.resolve(key), states, at_ingress)
+    engine, why = engine_of(key, names.rules.resolve(key), states, no_xdp.get(key.ifindex), at_ingress)
     return {"engine": engine, "why": why}
 
 

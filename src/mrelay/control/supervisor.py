@@ -34,10 +34,11 @@ from mrelay.messages import (
     Stop,
     WorkerDown,
     WorkerUp,
+    XdpTargets,
 )
 
-EVENTS = (Setup, Held, WorkerUp, WorkerDown, FastPath, Reload, Stop)
-Event = Setup | Held | WorkerUp | WorkerDown | FastPath | Reload | Stop
+EVENTS = (Setup, Held, WorkerUp, WorkerDown, FastPath, XdpTargets, Reload, Stop)
+Event = Setup | Held | WorkerUp | WorkerDown | FastPath | XdpTargets | Reload | Stop
 Request = Grant | Release | Listen | StartWorkers
 Answer = tuple[Done | Listening, list[int]]
 

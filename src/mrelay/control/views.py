@@ -63,7 +63,7 @@ class Flow(BaseModel):
     group: str
     port: int
     worker: int
-    engine: Literal["ebpf", "uring"]
+    engine: Literal["xdp", "ebpf", "uring"]
     why: str
     packets: int
     bytes: int

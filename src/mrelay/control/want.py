@@ -15,6 +15,7 @@ from mrelay.control.fastpath import carries
 from mrelay.control.links import Link, LinkTable
 from mrelay.control.slots import Slots
 from mrelay.messages import (
+    AttachXdp,
     HoldUnicast,
     JoinGroup,
     OpenEgress,
@@ -38,11 +39,16 @@ EgressKey = tuple[int, int, str | None, int | None, str, int]  # OpenEgress with
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The config's `gro` and `ring_slots`; `fast`: there is a fast path."""
+    """The config's `gro`, `ring_slots` and `xdp`; `fast`: there is a fast path."""
 
     gro: Literal["auto"] | bool
     ring_slots: int
     fast: bool = False
+    xdp: bool | tuple[str, ...] = False
+
+    def wants_xdp(self, interface: str) -> bool:
+        """Whether the operator wants it there."""
+        return self.xdp if isinstance(self.xdp, bool) else interface in self.xdp
 
 
 class EgressIds:
@@ -106,7 +112,7 @@ class RulePlan:
     state: str
     outputs: tuple[OutputPlan, ...]
     ingress: OpenIngress | None = None
-    beside: frozenset[Resource] = frozenset()  # wanted with the ring: GRO, held ports
+    beside: frozenset[Resource] = frozenset()  # wanted with the ring: GRO, XDP, held ports
     joins: frozenset[JoinGroup] = frozenset()  # wanted once it is
     compiled: PutRule | None = None
     warning: str = ""
@@ -152,7 +158,12 @@ def _placed(plan: RulePlan, tagged: AbstractSet[str], links: LinkTable, settings
         return plan
     fast = settings.fast and origin.interface not in tagged and carries(links.by_name[origin.interface])
     family = origin.address.version if fast else 0
-    return plan if ingress.family == family else replace(plan, ingress=replace(ingress, family=family))
+    beside = plan.beside - {AttachXdp(ingress.ifindex)}
+    if fast and settings.wants_xdp(origin.interface):
+        beside |= {AttachXdp(ingress.ifindex)}
+    if ingress.family == family and plan.beside == beside:
+        return plan
+    return replace(plan, ingress=replace(ingress, family=family), beside=beside)
 
 
 def _plan_rule(rule: Rule, slots: Slots, links: LinkTable, ids: EgressIds, settings: Settings) -> RulePlan:

@@ -6,7 +6,7 @@ Pure. Workers install by it; control shows by it why a flow takes the slow path.
 from ipaddress import ip_address
 from typing import Final
 
-from mrelay.ebpf.layout import PASSED
+from mrelay.ebpf.layout import PASSED, WHY_NOT_XDP
 from mrelay.model.ruleset import FlowKey, Route, address_text
 
 # What flow.state (bpf/mrelay.h, enum passed) means for people: why its last frame took the slow path.
@@ -27,6 +27,21 @@ REASONS: dict[str, str] = dict(
 )
 
 CHOSEN: Final = 'engine = "uring"'  # why there is no fast path where none is wanted
+# The same for flow.why (enum why_not_xdp): why tc carried it, and not XDP.
+NOT_XDP: dict[str, str] = dict(
+    zip(
+        WHY_NOT_XDP,
+        (
+            "no XDP: it saw no frame yet",
+            "no XDP: waiting until tc has sent what it holds",
+            "no XDP: more than one output",
+            "no XDP: the output's interface takes no frames from it",
+            "no XDP: the sender, on this host, leaves checksums to hardware",
+            "no XDP: the driver lets it put no data before a frame",
+        ),
+        strict=True,
+    )
+)
 
 
 def why_not(key: FlowKey, route: Route) -> str:

@@ -15,10 +15,13 @@ RANGES: Final = 1 << 16
 PATIENCE: Final = 16384
 TAIL_UNKNOWN: Final = (1 << 64) - 1
 HOP_READY: Final = 1
+HOP_XDP: Final = 2
 DSCP_KEEP: Final = 0xFF
 PASSED: Final = ("no_flow", "shape", "ttl", "too_big", "hop", "waiting", "listener")
 PASSED_REASONS: Final = 8
-CARRIED: Final = PASSED_REASONS  # flow.state: this path sent its last frame on
+CARRIED: Final = PASSED_REASONS  # flow.state: this path sent its last frame on, at tc
+CARRIED_XDP: Final = CARRIED + 1  # the same by XDP
+WHY_NOT_XDP: Final = ("saw_none", "order", "outputs", "hop", "partial", "no_room")
 HELD_MARK: Final = 0x6D72656C
 
 Fields = list[tuple[str, str] | tuple[str, str, int]]
@@ -30,7 +33,7 @@ FLOW6_KEY: Final[Fields] = [
 ]  # fmt: skip
 FLOW: Final[Fields] = [
     ("tail", "<u8"), ("worker", "<u4"), ("slot", "<u4"), ("start", "<u4"), ("length", "<u4"),
-    ("waited", "<u4"), ("state", "<u4"),
+    ("waited", "<u4"), ("state", "<u4"), ("given", "<u8"), ("seen", "<u8"), ("why", "<u4"), ("reserved", "<u4"),
 ]  # fmt: skip
 OUTPUT: Final[Fields] = [
     ("address", "u1", 16), ("source", "u1", 16), ("port", ">u2"), ("source_port", ">u2"), ("hop", "<u4"),

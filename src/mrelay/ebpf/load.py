@@ -19,11 +19,13 @@ _FOLDER: Final = Path(__file__).parent
 RELAY: Final = "relay"
 RING: Final = "ring"
 OLDEST: Final = (5, 19)  # the first to let control and workers, which have map descriptors only, call bpf(2)
+XDP: Final = "xdp"
+OBJECTS: Final = (RELAY, RING, XDP)
 
 
 def missing() -> str:
     """What this installation lacks of the kernel programs; empty when they are there."""
-    lacking = [name for name in (RELAY, RING) if not path(name).is_file()]
+    lacking = [name for name in OBJECTS if not path(name).is_file()]
     return f"built without kernel programs: {', '.join(map(str, map(path, lacking)))}" if lacking else ""
 
 
@@ -40,7 +42,7 @@ def path(name: str) -> Path:
 
 
 def open_object(name: str) -> Object:
-    """RELAY or RING, not loaded yet."""
+    """One of OBJECTS, not loaded yet."""
     return Object(path(name).read_bytes(), f"mrelay_{name}")
 
 
@@ -59,6 +61,14 @@ def load_relay(maps: Mapping[str, int], sizes: Sizes) -> int:
         opened.set_constants(flows_per_processor=sizes.flows, short_bytes=SHORT)
         _load(opened, maps)
         return opened.program_fd("relay")
+
+
+def load_xdp(maps: Mapping[str, int], sizes: Sizes) -> int:
+    """The program for XDP (libbpf.attach_xdp) over these maps."""
+    with open_object(XDP) as opened:
+        opened.set_constants(flows_per_processor=sizes.flows)
+        _load(opened, maps)
+        return opened.program_fd("relay_xdp")
 
 
 def load_rings(maps: Mapping[str, int], worker: int) -> tuple[int, int]:

@@ -13,7 +13,8 @@ from typing import Final
 from mrelay.kernel.libbpf import is_bpffs
 
 PIN_DIR: Final = Path("/sys/fs/bpf/mrelay")  # of every relay on a host, if nothing else is said
-LINK: Final = "link-"  # and an ifindex: the program's place at that interface
+LINK: Final = "link-"  # and an ifindex: the program's place at tc ingress of that interface
+XDP: Final = "xdp-"  # the same for XDP
 MAPS: Final = "maps-"  # and a digest of what the maps in it were made for
 
 
@@ -29,15 +30,15 @@ def pin_folder(socket_path: str, pin_dir: Path) -> Path | None:
     return pin_dir / f"{name[-200:]}-{network}"
 
 
-def links(folder: Path) -> dict[int, Path]:
-    """The pinned links by ifindex."""
-    return {int(path.name.removeprefix(LINK)): path for path in folder.glob(f"{LINK}*")}
+def links(folder: Path, kind: str = LINK) -> dict[int, Path]:
+    """The pinned links of a kind (LINK, XDP) by ifindex."""
+    return {int(path.name.removeprefix(kind)): path for path in folder.glob(f"{kind}*")}
 
 
 def flush(folder: Path) -> int:
     """Remove a relay's pins: the kernel stops forwarding for it. How many interfaces that was at. OSError."""
     found = links(folder)
-    for path in found.values():
+    for path in (*links(folder, XDP).values(), *found.values()):
         path.unlink()
     shutil.rmtree(folder)
     return len(found)

@@ -18,9 +18,11 @@ from typing import Final, NamedTuple, Self
 
 SONAME: Final = "libbpf.so.1"
 # linux/bpf.h
+BPF_XDP: Final = 37
 BPF_TCX_INGRESS: Final = 46
 BPF_TC_INGRESS: Final = 1  # bpf/libbpf.h, enum bpf_tc_attach_point
 BPF_TC_F_REPLACE: Final = 1
+XDP_FLAGS_DRV_MODE: Final = 1 << 2  # linux/if_link.h
 BTF_KIND_STRUCT: Final = 4  # linux/btf.h
 BTF_KIND_DATASEC: Final = 15
 SO_ATTACH_BPF: Final = 50  # asm-generic/socket.h
@@ -73,6 +75,16 @@ class _TestRunOptions(_Options):  # struct bpf_test_run_opts
     )
 
 
+class _LinkOptions(_Options):  # struct bpf_link_create_opts, up to what XDP needs
+    _fields_ = (
+        ("sz", c_size_t),
+        ("flags", c_uint32),
+        ("iter_info", c_void_p),
+        ("iter_info_len", c_uint32),
+        ("target_btf_id", c_uint32),
+    )
+
+
 class _TcHook(_Options):  # struct bpf_tc_hook
     _fields_ = (("sz", c_size_t), ("ifindex", c_int), ("attach_point", c_int), ("parent", c_uint32))
 
@@ -117,7 +129,7 @@ _PROTOTYPES: Final[dict[str, tuple[object, ...]]] = {  # name: result, arguments
     "bpf_map__reuse_fd": (c_int, c_void_p, c_int),
     "bpf_map__initial_value": (c_void_p, c_void_p, POINTER(c_size_t)),
     "bpf_prog_test_run_opts": (c_int, c_int, POINTER(_TestRunOptions)),
-    "bpf_link_create": (c_int, c_int, c_int, c_int, c_void_p),
+    "bpf_link_create": (c_int, c_int, c_int, c_int, POINTER(_LinkOptions)),
     "bpf_link_update": (c_int, c_int, c_int, c_void_p),
     "bpf_tc_hook_create": (c_int, POINTER(_TcHook)),
     "bpf_tc_attach": (c_int, POINTER(_TcHook), POINTER(_TcOptions)),
@@ -275,10 +287,8 @@ def _name(btf: int, offset: int) -> str:
 # ---- attaching ----
 
 
-class TcxLink:
-    """A program at tcx ingress while the descriptor `fd`, or a pin, is open."""
-
-    kind: Final = "tcx"
+class _Link:
+    """A program at an interface while the descriptor `fd`, or a pin, is open."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -290,6 +300,18 @@ class TcxLink:
     def close(self) -> None:
         """Detaches, unless it is pinned."""
         os.close(self.fd)
+
+
+class TcxLink(_Link):
+    """At tcx ingress."""
+
+    kind: Final = "tcx"
+
+
+class XdpLink(_Link):
+    """In the driver."""
+
+    kind: Final = "xdp"
 
 
 class ClsactFilter:
@@ -320,6 +342,14 @@ def attach_ingress(program: int, ifindex: int, *, tcx: bool = True) -> TcxLink |
     if fd == -errno.EINVAL:  # what kernels say of an attach type that they do not know
         return ClsactFilter(program, ifindex)
     return TcxLink(_checked(fd, "bpf_link_create"))
+
+
+def attach_xdp(program: int, ifindex: int) -> XdpLink:
+    """In the interface's driver, before everything else. OSError: EOPNOTSUPP (ERANGE, EINVAL) for a driver that
+    can't, now or at all; EBUSY where another XDP program is.
+    """
+    fd = _lib().bpf_link_create(program, ifindex, BPF_XDP, _LinkOptions(flags=XDP_FLAGS_DRV_MODE))
+    return XdpLink(_checked(fd, "bpf_link_create"))
 
 
 def attach_to(sock: socket.socket, program: int, *, lock: bool) -> None:

@@ -15,7 +15,7 @@ from tomlkit.exceptions import TOMLKitError
 from tomlkit.items import AoT, Array, Item, Key
 from tomlkit.items import Table as TomlTable
 
-from mrelay.model.endpoint import whole
+from mrelay.model.endpoint import interface_name, whole
 from mrelay.model.issue import ConfigError, Issue, Table, fault, issues_of, show
 from mrelay.model.rule import NAME, Rule, check_loops, check_names
 
@@ -58,6 +58,17 @@ def _gro(value: object) -> Literal["auto"] | bool:
     raise fault(f"{show(value)} is none of the choices", 'use "auto", true or false, the last two unquoted')
 
 
+def _xdp(value: object) -> bool | tuple[str, ...]:
+    if isinstance(value, bool):
+        return value
+    remedy = 'use true, false, both unquoted, or the interfaces that have rules: ["eth0"]'
+    if not isinstance(value, list | tuple):
+        raise fault(f"{show(value)} is none of the choices", remedy)
+    if not value:
+        raise fault("xdp lists no interface", remedy)
+    return tuple(map(interface_name, value))
+
+
 def _socket_mode(value: object) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"0?[0-7]{3}", value):
         raise fault(f"{show(value)} is not a file mode", 'write it in octal and quoted: socket_mode = "0660"')
@@ -92,6 +103,7 @@ class RelaySettings(Table):
     engine: Annotated[Literal["auto", "ebpf", "uring"], PlainValidator(_engine)] = "auto"
     workers: Annotated[Literal["auto"] | int | list[int], PlainValidator(_workers)] = "auto"
     gro: Annotated[Literal["auto"] | bool, PlainValidator(_gro)] = "auto"
+    xdp: Annotated[bool | tuple[str, ...], PlainValidator(_xdp)] = False
     socket_mode: Annotated[str, PlainValidator(_socket_mode)] = "0660"
     socket_group: Annotated[str | None, PlainValidator(_socket_group)] = None
     flow_limit: Annotated[int, PlainValidator(whole(1, 1 << 20, "a number of flows such as 65536"))] = 65536

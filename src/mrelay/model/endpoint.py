@@ -56,7 +56,7 @@ def whole(low: int, high: int, example: str) -> Callable[[object], int]:
 _port = whole(1, 65535, "a port such as 5000")
 
 
-def _interface(value: object) -> str:
+def interface_name(value: object) -> str:
     if not isinstance(value, str) or not value:
         raise fault(f"{show(value)} is not an interface", "name one, for example eth0; `ip link` lists them")
     if "@" in value:  # as `ip link` prints it: eth0.20@eth0
@@ -275,7 +275,7 @@ class PortRange(Table):
 class Endpoint(Table):
     """What Input and Output share: an interface, and that text is as good as a table."""
 
-    interface: Annotated[str, PlainValidator(_interface)] = Field(examples=['"eth0"'])
+    interface: Annotated[str, PlainValidator(interface_name)] = Field(examples=['"eth0"'])
 
     @model_validator(mode="before")
     @classmethod

@@ -7,7 +7,6 @@ the new rules are up, and passes everything else on as ours does. Called by reso
 some ten milliseconds.
 """
 
-import contextlib
 import hashlib
 import logging
 import os
@@ -16,29 +15,30 @@ from pathlib import Path
 
 from mrelay.ebpf import layout, load, pins
 from mrelay.ebpf.layout import MAPS, Sizes
-from mrelay.ebpf.pins import LINK
-from mrelay.kernel import libbpf
+from mrelay.kernel import libbpf, netdev
 from mrelay.kernel.packet import SLOT
 from mrelay.messages import FastPath as Message
+from mrelay.supervisor.attached import Attached, pin
 
 log = logging.getLogger("mrelay.supervisor")
 
 
 class FastPath:
-    """`maps`: descriptors by name; none before `start`, or where there is no fast path, and `problem` says why."""
+    """`maps`: descriptors by name; none before `start`, or where there is no fast path, and `problem` says why.
+
+    `targets`: interfaces that take frames from XDP, since the first `attach_xdp`.
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
         """`folder`: of the pins; None to pin nothing."""
         self.maps: dict[str, int] = {}
         self.problem = "it was not asked for"
+        self.targets: netdev.Watch | None = None
         self._folder = folder
         self._sizes = Sizes(0, 0, 0, 0, 0)
-        self._program = -1
         self._filters: list[tuple[int, int]] = []
-        self._links: dict[int, libbpf.TcxLink | libbpf.ClsactFilter] = {}
-        self._uses: dict[int, int] = {}
-        self._adopted = False  # the maps are those of the relay before us
-        self._old: set[int] = set()  # interfaces where its program is still at work, with other maps
+        self._tc = Attached(pins.LINK, libbpf.TcxLink, libbpf.attach_ingress)
+        self._xdp = Attached(pins.XDP, libbpf.XdpLink, libbpf.attach_xdp)
 
     def start(self, workers: int, flow_limit: int) -> None:
         """Load it, once; `problem` says what was in the way."""
@@ -57,9 +57,10 @@ class FastPath:
         self._sizes = sizes
         self._prepare_folder()
         self.maps = self._pinned_maps()
-        self._adopted = bool(self.maps)
+        self._tc.adopted = self._xdp.adopted = bool(self.maps)
         self.maps = self.maps or load.create_maps(sizes)
-        self._program = load.load_relay(self.maps, sizes)
+        self._tc.program = load.load_relay(self.maps, sizes)
+        self._tc.folder = self._xdp.folder = self._folder
         self._filters = [load.load_rings(self.maps, worker) for worker in range(sizes.workers)]
         self._pin_maps()
 
@@ -80,59 +81,27 @@ class FastPath:
     # ---- where it is attached ----------------------------------------------------------------
 
     def attach(self, ifindex: int) -> None:
-        """Be at this interface's ingress from now on; as often as `detach` is called."""
-        if not self._uses.get(ifindex):
-            self._links[ifindex] = self._taken_over(ifindex) or self._new_link(ifindex)
-        self._uses[ifindex] = self._uses.get(ifindex, 0) + 1
+        """Be at this interface's tc ingress from now on; as often as `detach` is called."""
+        self._tc.attach(ifindex)
 
     def detach(self, ifindex: int) -> None:
         """Undo one `attach`."""
-        if not self.maps:  # it has ended, and goes on by its pins
-            return
-        self._uses[ifindex] -= 1
-        if not self._uses[ifindex]:
-            self._unpin(f"{LINK}{ifindex}")
-            with contextlib.suppress(OSError):  # the interface may be gone
-                self._links.pop(ifindex).close()
+        if self.maps:  # else it has ended, and goes on by its pins
+            self._tc.detach(ifindex)
 
-    def _new_link(self, ifindex: int) -> libbpf.TcxLink | libbpf.ClsactFilter:
-        link = libbpf.attach_ingress(self._program, ifindex)
-        if isinstance(link, libbpf.TcxLink):
-            self._pin(link.fd, f"{LINK}{ifindex}")
-        return link
+    def attach_xdp(self, ifindex: int) -> None:
+        """Be in this interface's driver, too. OSError: ENOENT where the kernel can't tell the `targets`."""
+        if self.targets is None:
+            self.targets = netdev.Watch()
+        if self._xdp.program < 0:
+            self._xdp.program = load.load_xdp(self.maps, self._sizes)
+        self._xdp.attach(ifindex)
 
-    def _taken_over(self, ifindex: int) -> libbpf.TcxLink | None:
-        """The link that a relay before us left there, with our program from now on; None if there is none."""
-        path = self._folder and self._folder / f"{LINK}{ifindex}"
-        if not path or not path.exists():
-            return None
-        try:
-            link = libbpf.TcxLink(libbpf.get_pinned(str(path)))
-        except OSError as error:
-            log.warning("cannot take over what is pinned at %s: %s", path, error.strerror)
-            path.unlink()
-            return None
-        if not self._adopted:
-            self._old.add(ifindex)
-            return link
-        try:
-            link.replace(self._program)
-        except OSError:  # of an interface that is gone, whose number another one has now
-            link.close()
-            path.unlink()
-            return None
-        return link
-
-    def _replace_old(self) -> None:
-        """The workers have the rules: our program takes the place of those that forward by other maps."""
-        for ifindex in self._old & self._links.keys():
-            try:
-                self._links[ifindex].replace(self._program)
-            except OSError:
-                self._links.pop(ifindex).close()
-                self._unpin(f"{LINK}{ifindex}")
-                self._links[ifindex] = self._new_link(ifindex)
-        self._old.clear()
+    def detach_xdp(self, ifindex: int) -> bool:
+        """Undo one `attach_xdp`; False when it goes on by its pin."""
+        if self.maps:
+            self._xdp.detach(ifindex)
+        return bool(self.maps)
 
     # ---- pins --------------------------------------------------------------------------------
 
@@ -150,7 +119,7 @@ class FastPath:
         if self._folder is None:
             return None
         digest = hashlib.sha256(repr(self._sizes).encode())
-        for name in (load.RELAY, load.RING):
+        for name in load.OBJECTS:
             digest.update(load.path(name).read_bytes())
         return self._folder / f"{pins.MAPS}{digest.hexdigest()[:16]}"
 
@@ -180,29 +149,15 @@ class FastPath:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)
         for name, fd in self.maps.items():
-            self._pin(fd, f"{folder.name}/{name}")
-
-    def _pin(self, fd: int, name: str) -> None:
-        if self._folder is None:
-            return
-        try:
-            libbpf.pin(fd, str(self._folder / name))
-        except OSError as error:
-            log.info("cannot pin %s (%s): forwarding ends with the relay", name, error.strerror)
-
-    def _unpin(self, name: str) -> None:
-        if self._folder is not None:
-            (self._folder / name).unlink(missing_ok=True)
+            pin(fd, folder / name)
 
     def leave_unclaimed(self) -> None:
         """All rules are up: what a relay before us left and nobody asked for since goes."""
         if self._folder is None or not self.maps:
             return
-        self._replace_old()
         current = self._maps_folder()
-        for ifindex, path in pins.links(self._folder).items():
-            if ifindex not in self._links:
-                path.unlink()
+        for attached in (self._xdp, self._tc):
+            attached.leave_unclaimed()
         for path in self._folder.glob(f"{pins.MAPS}*"):
             if path != current:
                 shutil.rmtree(path)
@@ -216,9 +171,12 @@ class FastPath:
         self._forget()
 
     def _forget(self) -> None:
-        for link in self._links.values():
-            link.close()
-        for fd in [*self.maps.values(), self._program, *(fd for pair in self._filters for fd in pair)]:
+        programs = self._tc.program, self._xdp.program, *(fd for pair in self._filters for fd in pair)
+        for attached in (self._xdp, self._tc):
+            attached.close()
+        for fd in (*self.maps.values(), *programs):
             if fd >= 0:
                 os.close(fd)
-        self.maps, self._program, self._filters, self._links = {}, -1, [], {}
+        if self.targets is not None:
+            self.targets.close()
+        self.maps, self._filters, self.targets = {}, [], None

@@ -23,7 +23,9 @@ from typing import Any, Final, NoReturn
 from mrelay import logs
 from mrelay.ebpf.pins import pin_folder
 from mrelay.kernel import caps, notify
+from mrelay.kernel.netdev import Watch
 from mrelay.messages import (
+    AttachXdp,
     BadMessage,
     Done,
     Failed,
@@ -48,6 +50,7 @@ from mrelay.messages import (
     WorkerDown,
     WorkerSetup,
     WorkerUp,
+    XdpTargets,
     channel_pair,
 )
 from mrelay.supervisor.backoff import CAP
@@ -92,6 +95,7 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._service = Service()
         self._next_check = 0.0
+        self._targets: frozenset[int] | None = None  # of XDP, as control knows them
         self._quit = self._keep = False  # told to stop by a client; the fast path goes on, as for SIGUSR1
 
     # ---- children --------------------------------------------------------------------------
@@ -150,6 +154,8 @@ class Supervisor:
             os.close(fd)
         for what in held:
             self._control.tell(Held(what))
+        self._targets = None
+        self._tell_targets()
         for worker in self._workers:
             self._introduce(worker, equip=False)
             if worker.process is None:
@@ -255,6 +261,25 @@ class Supervisor:
         if new and opened.sockets:
             for worker in self._workers:
                 worker.tell(Granted(what, used=False), opened.fds(worker.number))
+        if isinstance(what, AttachXdp):
+            self._tell_targets()
+
+    def _tell_targets(self) -> None:
+        """Which interfaces take frames from XDP, if it is anywhere and control does not know."""
+        watch = self._resources.fast.targets
+        if watch is None:
+            return
+        if watch.fileno() not in self._selector.get_map():
+            self._selector.register(watch, selectors.EVENT_READ, watch)
+        try:
+            watch.drain()
+            targets = watch.targets()
+        except OSError as error:  # what control knows stays; frames for what can't take them are lost meanwhile
+            log.error("cannot ask which interfaces take frames from XDP: %s", error)
+            return
+        if targets != self._targets:
+            self._targets = targets
+            self._control.tell(XdpTargets(tuple(sorted(targets))))
 
     def _release(self, what: Resource) -> None:
         opened = self._resources.held.get(what)
@@ -335,6 +360,8 @@ class Supervisor:
                 if key.data is None:
                     if self._signalled(wakeup.recv(64)):
                         return
+                elif isinstance(key.data, Watch):
+                    self._tell_targets()
                 elif key.fd == key.data.pidfd:
                     self._child_ended(key.data)
                 elif key.data.channel is not None and key.fd == key.data.channel.fileno():

@@ -6,6 +6,7 @@ no text is an address before this says so. Called by supervisor.main; nothing bl
 """
 
 import contextlib
+import errno
 import ipaddress
 import resource
 import socket
@@ -17,11 +18,13 @@ from typing import Any, Final
 from mrelay.counters_size import MAX_LINKS
 from mrelay.kernel import ethtool, packet, rtnetlink, udp
 from mrelay.kernel.membership import MembershipPool, UnicastPool
-from mrelay.messages import HoldUnicast, JoinGroup, OpenEgress, OpenIngress, Resource, SetGro
+from mrelay.messages import AttachXdp, HoldUnicast, JoinGroup, OpenEgress, OpenIngress, Resource, SetGro
 from mrelay.supervisor import fdstore
 from mrelay.supervisor.fastpath import FastPath
 
 _GRO: Final = {"rx-gro": True, "rx-udp-gro-forwarding": True}
+# XDP sees no tag that the interface takes off: a tagged frame would be taken for an untagged one.
+_TAGS: Final = ("rx-vlan-hw-parse", "rx-vlan-stag-hw-parse")
 _MROUTE: Final = (Path("/proc/net/ip_mr_vif"), Path("/proc/net/ip6_mr_vif"))
 _MAX_PORT: Final = 65535
 _MAX_INT: Final = (1 << 31) - 1
@@ -33,6 +36,7 @@ _MOST: Final[dict[type, int]] = {
     OpenIngress: 1 << 12,
     OpenEgress: 2 * MAX_LINKS,  # while addresses change, the old and the new
     SetGro: 1 << 12,
+    AttachXdp: 1 << 12,
 }
 _SPARE: Final = 128  # descriptors that stay free, to start children and answer with
 
@@ -189,6 +193,23 @@ class Resources:
             raise
         return rings
 
+    def _attach_xdp(self, what: AttachXdp) -> Opened:
+        name = socket.if_indextoname(_interface(what.ifindex))
+        rings = (held for held in self.held if isinstance(held, OpenIngress) and held.family)
+        _require(what.ifindex in {held.ifindex for held in rings}, f"no fast path at interface {what.ifindex}")
+        before = _keep_tags(name)
+        try:
+            self.fast.attach_xdp(what.ifindex)
+        except OSError as error:
+            _put_back(what.ifindex, before)
+            raise Refused(*_no_xdp(error)) from error
+
+        def end() -> None:
+            if self.fast.detach_xdp(what.ifindex):
+                _put_back(what.ifindex, before)
+
+        return Opened([], end)
+
     def _open_egress(self, what: OpenEgress) -> Opened:
         _check_egress(what)
         _require(self.workers > 0, "no worker was started yet")
@@ -212,7 +233,7 @@ class Resources:
                 "stop smcrouted, pimd or the like, or set gro = false under [relay]",
             )
         before = ethtool.set_features(name, _GRO)
-        return Opened([], lambda: _put_back(what, before))
+        return Opened([], lambda: _put_back(what.ifindex, before))
 
 
 def probe_neighbour(ifindex: int, address: str) -> None:
@@ -233,10 +254,36 @@ def _close_each(sockets: list[socket.socket]) -> None:
         sock.close()
 
 
-def _put_back(what: SetGro, before: dict[str, bool]) -> None:
+def _keep_tags(name: str) -> dict[str, bool]:
+    """Have the interface leave VLAN tags where they are; what it did before. Refused if it won't."""
+    before = ethtool.set_features(name, dict.fromkeys(_TAGS, False))
+    now = ethtool.features(name)
+    if any(now[tag].active for tag in _TAGS if tag in now):
+        raise Refused(f"{name} takes VLAN tags off, and XDP would not see them")
+    return before
+
+
+def _no_xdp(error: OSError) -> tuple[str, str]:
+    """Why there is no XDP at an interface, and the remedy."""
+    leave_out = "leave it out of xdp under [relay]"
+    match error.errno:
+        case errno.EBUSY:
+            return "another XDP program is there", f"remove it (ip link set … xdp off), or {leave_out}"
+        case errno.EOPNOTSUPP | errno.ERANGE | errno.EINVAL | errno.E2BIG | errno.EMSGSIZE:
+            said = error.strerror
+            return (
+                f"its driver refuses XDP, or refuses it with this MTU ({said})",
+                f"lower its MTU, or {leave_out}",
+            )
+        case errno.ENOENT:
+            return "it takes Linux 6.3 to know which interfaces take frames from XDP", leave_out
+    return error.strerror or str(error), ""
+
+
+def _put_back(ifindex: int, before: dict[str, bool]) -> None:
     """The interface may be gone or renamed by now; then there is nothing to put back."""
     try:
-        ethtool.set_features(socket.if_indextoname(what.ifindex), before)
+        ethtool.set_features(socket.if_indextoname(ifindex), before)
     except OSError:
         return
 
@@ -297,6 +344,7 @@ def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 _OPENERS: Final[dict[type, Callable[[Resources, Any], Opened]]] = {
     JoinGroup: Resources._join_group,
     HoldUnicast: Resources._hold_unicast,
+    AttachXdp: Resources._attach_xdp,  # before the rings, whose end takes the program at tc away
     OpenIngress: Resources._open_ingress,
     OpenEgress: Resources._open_egress,
     SetGro: Resources._set_gro,

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from mrelay.counters import CARRIED as TOTAL_CARRIED
 from mrelay.counters import MATCHED, RECEIVED, Counters
 from mrelay.ebpf.carry import why_not
-from mrelay.ebpf.layout import CARRIED, DSCP_KEEP, PASSED, TAIL_UNKNOWN
+from mrelay.ebpf.layout import CARRIED, CARRIED_XDP, DSCP_KEEP, PASSED, TAIL_UNKNOWN
 from mrelay.ebpf.maps import Maps, flow_key
 from mrelay.model.ruleset import FlowKey, Route
 from mrelay.worker.egress import Entry
 
 log = logging.getLogger("mrelay.worker")
 
-_FLOW: Final = struct.Struct("=QIIIIII")  # bpf/mrelay.h, struct flow
+_FLOW: Final = struct.Struct("=QIIIIIIQQII")  # bpf/mrelay.h, struct flow
 _NEW: Final = PASSED.index("waiting")
 # Words of struct progress.
 _ACCEPTED, _ACCEPTED_LONG, _DRAINED, _HALF, _SENT, _SENT_LONG, _ROOM, _ROOM_LONG = 0, 1, *range(8, 14)
@@ -113,14 +113,17 @@ class FastPath:
 
     def _install(self, slot: int, key: FlowKey, place: Place) -> None:
         flows, name = self._maps.flows[key.family], flow_key(key)
-        tail, state = TAIL_UNKNOWN, _NEW
+        tail, state, stamp = TAIL_UNKNOWN, _NEW, 0
         before = flows.lookup(name)
         if before is not None:
             old = _FLOW.unpack(before)
-            if old[6] == CARRIED:  # nothing of it is in the rings: it goes on without a detour through them
-                tail, state = old[0], CARRIED
+            if old[6] >= CARRIED:  # nothing of it is in the rings: it goes on without a detour through them
+                tail, state = old[0], old[6]
+            if old[6] == CARRIED_XDP:  # nor between XDP and tc
+                stamp = 1
+        values = tail, self._worker, self._first + slot, *place, 0, state, stamp, stamp, 0, 0
         try:
-            flows.update(name, _FLOW.pack(tail, self._worker, self._first + slot, *place, 0, state))
+            flows.update(name, _FLOW.pack(*values))
         except OSError as error:
             log.warning("a flow can't be given to the fast path (%s): it stays on the slow path", error.strerror)
             return
