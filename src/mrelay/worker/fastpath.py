@@ -223,9 +223,9 @@ class FastPath:
     def rings(self, short: int, long: int) -> None:
         """This worker has, at the least, so many slots in a ring for short frames, and in one for long ones.
 
-        What waits in all rings is counted together, so a quarter of one is when flows no longer wait.
+        With three quarters of one taken, flows no longer wait; the rest is for those that can't be carried.
         """
-        self._progress[_ROOM], self._progress[_ROOM_LONG] = short // 4, long // 4
+        self._progress[_ROOM], self._progress[_ROOM_LONG] = short * 3 // 4, long * 3 // 4
 
     def sent(self, frames: int, *, long: bool) -> None:
         """They came out of a ring and were sent on, or it was full and they are lost."""
