@@ -22,7 +22,7 @@ from mrelay.supervisor.backoff import CAP, BackOff
 from mrelay.supervisor.host import User
 from mrelay.supervisor.watch import LONG_WORK, SILENCE, Watch
 
-_GRACE: Final = 2.0  # seconds from closing its channel to its end
+_GRACE: Final = 10.0  # seconds from closing its channel to its end, on a slow machine under load
 _SETTLED: Final = 10.0  # seconds of life after which its troubles are over
 # NumPy's BLAS would otherwise start a thread a core, in each worker.
 _ENVIRONMENT: Final = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}

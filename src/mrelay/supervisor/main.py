@@ -111,6 +111,7 @@ class Supervisor:
                     self._start(child)
                 else:
                     child.kill()  # it hung up, but did not end
+                    child.due = None  # its end will say when
 
     def _start(self, child: Child) -> None:
         try:
