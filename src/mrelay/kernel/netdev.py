@@ -28,7 +28,8 @@ CTRL_ATTR_FAMILY_NAME: Final = 2
 CTRL_ATTR_MCAST_GROUPS: Final = 7
 CTRL_ATTR_MCAST_GRP_NAME: Final = 1
 CTRL_ATTR_MCAST_GRP_ID: Final = 2
-NETDEV_CMD_DEV_GET: Final = 1  # linux/netdev.h
+FAMILY = "netdev"  # linux/netdev.h, NETDEV_FAMILY_NAME
+NETDEV_CMD_DEV_GET: Final = 1
 NETDEV_A_DEV_IFINDEX: Final = 1
 NETDEV_A_DEV_XDP_FEATURES: Final = 3
 NETDEV_XDP_ACT_NDO_XMIT: Final = 4
@@ -49,7 +50,7 @@ class Watch:
         """OSError: ENOENT before Linux 6.3."""
         with _connect() as ask:
             attributes = next(
-                _request(ask, GENL_ID_CTRL, CTRL_CMD_GETFAMILY, _text(CTRL_ATTR_FAMILY_NAME, "netdev"))
+                _request(ask, GENL_ID_CTRL, CTRL_CMD_GETFAMILY, _text(CTRL_ATTR_FAMILY_NAME, FAMILY))
             )
         self._family = _number(attributes[CTRL_ATTR_FAMILY_ID])
         groups = map(_attributes, _attributes(attributes[CTRL_ATTR_MCAST_GROUPS]).values())

@@ -7,6 +7,7 @@ the new rules are up, and passes everything else on as ours does. Called by reso
 some ten milliseconds.
 """
 
+import errno
 import hashlib
 import logging
 import os
@@ -94,8 +95,14 @@ class FastPath:
         if self.targets is None:
             self.targets = netdev.Watch()
         if self._xdp.program < 0:
-            self._xdp.program = load.load_xdp(self.maps, self._sizes)
+            self._xdp.program = self._load_xdp()
         self._xdp.attach(ifindex)
+
+    def _load_xdp(self) -> int:
+        try:
+            return load.load_xdp(self.maps, self._sizes)
+        except OSError as error:  # not to be taken for what a driver says
+            raise OSError(errno.ENOEXEC, f"the kernel refuses the program: {error.strerror or error}") from error
 
     def detach_xdp(self, ifindex: int) -> bool:
         """Undo one `attach_xdp`; False when it goes on by its pin."""
