@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from mrelay.cli.client import Client
 from mrelay.cli.failure import NOT_PERMITTED, Failure
 from mrelay.cli.options import DEFAULT_SOCKET, PinDir, Socket
+from mrelay.cli.output import plural
 from mrelay.ebpf.pins import BPFFS, pin_folder
 from mrelay.ebpf.pins import flush as flush_pins
 
@@ -30,18 +31,14 @@ def stop(
         folder = pin_folder(str(socket.absolute()), pin_dir)
         if not flush or folder is None or not _is_there(folder):
             raise
-        print(f"no relay runs; the kernel forwards no more at {_counted(flush_pins(folder), 'interface')}")
+        print(f"no relay runs; the kernel forwards no more at {plural(flush_pins(folder), 'interface')}")
         return
     flows = client.request("POST", f"/v1/stop?flush={str(flush).lower()}")["flows"]
     _await_end(pid)
     goes_on = (
-        f"; the kernel goes on to forward {_counted(flows, 'flow')}, until the next start or 'mrelay stop --flush'"
+        f"; the kernel goes on to forward {plural(flows, 'flow')}, until the next start or 'mrelay stop --flush'"
     )
     print(f"stopped{goes_on if flows else ''}")
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _is_there(folder: Path) -> bool:

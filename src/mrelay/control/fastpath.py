@@ -186,13 +186,13 @@ def engine_of(key: FlowKey, route: Route, states: Mapping[bytes, int] | None, at
     """Which engine carries a flow, and why not the faster one. `states` is None where there is no fast path."""
     if states is None:
         return URING, ""
+    if not at_ingress:  # what its flows say is from before
+        return URING, "no fast path at its interface: no Ethernet, in a bridge or bond, or VLANs on top of it"
     state = states.get(flow_key(key))
     if state == CARRIED:
         return EBPF, ""
     if state is not None:
         return URING, REASONS[PASSED[state]] if state < len(PASSED) else f"state {state}"
-    if not at_ingress:
-        return URING, "no fast path at its interface: no Ethernet, in a bridge or bond, or VLANs on top of it"
     return URING, why_not(key, route) or "there is no room in the fast path"
 
 
