@@ -104,11 +104,10 @@ ALWAYS_INLINE int send_last(const struct frame *frame, __u32 place)
 
 /* ---- a frame of an installed flow ---- */
 
+/* Waiting comes last: it passes by itself, so of several reasons it is the one that says least. */
 ALWAYS_INLINE __u32 judge(struct frame *frame, struct flow *flow, struct bpf_sock_tuple *tuple, __u32 size)
 {
     __u32 length = flow->length;
-    if (!is_due(flow, frame->skb->len > short_bytes))
-        return PASSED_WAITING;
     if (has_listener(frame->skb, tuple, size))
         return PASSED_LISTENER;
     frame->start = flow->start;
@@ -117,6 +116,8 @@ ALWAYS_INLINE __u32 judge(struct frame *frame, struct flow *flow, struct bpf_soc
         check_output(0, frame);
     else
         bpf_loop(length, check_output, frame, 0);
+    if (frame->reason == CARRIED && !is_due(flow, frame->skb->len > short_bytes))
+        return PASSED_WAITING;
     return frame->reason;
 }
 

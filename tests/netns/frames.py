@@ -119,6 +119,7 @@ class Packet:
     payload: bytes
     header_good: bool
     checksum_good: bool | None
+    ecn: int = 0
 
 
 def parse(frame: bytes, *, vlan: int | None = None, partial: bool = False) -> Packet | None:
@@ -144,7 +145,7 @@ def _parse_ipv4(frame: bytes, start: int, vlan: int | None, partial: bool) -> Pa
     destination = str(ipaddress.IPv4Address(frame[start + 16 : start + 20]))
     good = checksum(frame[start : start + head]) == 0
     datagram = frame[start + head : start + length]
-    return _parse_udp(frame, datagram, (source, destination), (vlan, ttl, tos >> 2, good, partial))
+    return _parse_udp(frame, datagram, (source, destination), (vlan, ttl, tos, good, partial))
 
 
 def _parse_ipv6(frame: bytes, start: int, vlan: int | None, partial: bool) -> Packet | None:
@@ -154,14 +155,14 @@ def _parse_ipv6(frame: bytes, start: int, vlan: int | None, partial: bool) -> Pa
     source = str(ipaddress.IPv6Address(frame[start + 8 : start + 24]))
     destination = str(ipaddress.IPv6Address(frame[start + 24 : start + 40]))
     datagram = frame[start + 40 : start + 40 + length]
-    return _parse_udp(frame, datagram, (source, destination), (vlan, hops, first >> 22 & 63, True, partial))
+    return _parse_udp(frame, datagram, (source, destination), (vlan, hops, first >> 20 & 255, True, partial))
 
 
 def _parse_udp(
     frame: bytes, datagram: bytes, ends: tuple[str, str], rest: tuple[int | None, int, int, bool, bool]
 ) -> Packet:
     sport, dport, length, _ = struct.unpack_from("!HHHH", datagram)
-    vlan, ttl, dscp, header_good, partial = rest
+    vlan, ttl, tos, header_good, partial = rest
     whole = length == len(datagram) and checksum(pseudo_header(*ends, length) + datagram) == 0
     return Packet(
         vlan=vlan,
@@ -172,7 +173,8 @@ def _parse_udp(
         sport=sport,
         dport=dport,
         ttl=ttl,
-        dscp=dscp,
+        dscp=tos >> 2,
+        ecn=tos & 3,
         payload=datagram[8:length],
         header_good=header_good,
         checksum_good=None if partial else whole,

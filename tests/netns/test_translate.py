@@ -108,6 +108,23 @@ def test_prefix_and_port_range_keep_the_input(lab: Lab) -> None:
         assert relay.await_received(4)["flows"] == 4
 
 
+def test_streams_that_share_an_output_keep_their_own_ttl(lab: Lab) -> None:
+    """Both leave by one socket; what it sends by default is the one's or the other's."""
+    star = lab.star()
+    config = rule("all", "in0:239.1.0.0/16:5000", "out0:*:*")
+    with (
+        Capture(star.sink, "k0") as wire,
+        Sender(star.source, ttl=16, dscp=46) as near,
+        Sender(star.source, ttl=64) as far,
+        Relay(star.relay, config, arguments=["--engine", "uring"]),
+    ):
+        for _ in range(3):
+            for sender, group, ttl, dscp in ((near, "239.1.0.1", 15, 46), (far, "239.1.0.2", 63, 0)):
+                sender.send(group, 5000, [b"each by itself"])
+                (got,) = wire.wait(1)
+                assert (got.destination, got.ttl, got.dscp) == (group, ttl, dscp)
+
+
 def test_outside_the_prefix_or_range_is_not_forwarded(lab: Lab) -> None:
     star = lab.star()
     config = rule("all", "in0:239.1.0.0/16:5000-5999", "out0:*:*")

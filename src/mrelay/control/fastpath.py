@@ -215,6 +215,8 @@ def engine_of(
     """
     if states is None:
         return URING, ""
+    if not at_ingress:  # what its flows say is from before
+        return URING, "no fast path at its interface: no Ethernet, in a bridge or bond, or VLANs on top of it"
     state, why = states.get(flow_key(key), (None, 0))
     if state == CARRIED_XDP:
         return XDP, ""
@@ -222,8 +224,6 @@ def engine_of(
         return EBPF, "" if no_xdp is None else no_xdp or NOT_XDP[WHY_NOT_XDP[why]]
     if state is not None:
         return URING, REASONS[PASSED[state]] if state < len(PASSED) else f"state {state}"
-    if not at_ingress:
-        return URING, "no fast path at its interface: no Ethernet, in a bridge or bond, or VLANs on top of it"
     return URING, why_not(key, route) or "there is no room in the fast path"
 
 

@@ -65,8 +65,11 @@ class Entry:
         return not self.to.named and not self.to.keep and self.out_hop(hop) == self.hop
 
     def adopt(self, hop: int) -> None:
-        """Make `hop` what the socket sends with, so that most sends need not say it."""
-        if self.sock is None or self.adaptations >= _ADAPTATIONS:
+        """Make `hop` what the socket sends with, so that most sends need not say it.
+
+        Not when other entries share the socket: they would not know.
+        """
+        if self.sock is None or self.to.named or self.adaptations >= _ADAPTATIONS:
             return
         self.adaptations += 1
         set_hop_defaults(self.sock, hop >> 8, hop & 0xFF)

@@ -1,0 +1,312 @@
+"""What the kernel does not carry takes the slow path, which delivers it, and `flows` says why."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from netns import fast
+from netns.frames import Packet, udp_frame
+from netns.lab import SOURCE, SOURCE_6, Lab, Star, eventually
+from netns.relay import Relay, rule
+from netns.traffic import Capture, Receiver, Sender, payloads, send_frames
+
+pytestmark = pytest.mark.netns
+GROUP, OUT = "239.1.1.1", "239.2.2.2"
+CONFIG = rule("a", f"in0:{GROUP}:5000", f"out0:{OUT}:6000")
+COUNT = 10
+_serial = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def can_load() -> None:
+    """Where there is no fast path there is nothing to say."""
+    fast.require()
+
+
+@contextmanager
+def carrying(star: Star, config: str, engine: str = "ebpf", why: str = "") -> Iterator[tuple[Relay, Sender]]:
+    """A relay whose flow to GROUP is carried by this engine for this reason, and the flow's sender."""
+    with Sender(star.source) as sender, Relay(star.relay, config) as relay:
+        carried(relay, sender, engine, why)
+        yield relay, sender
+
+
+def carried(relay: Relay, sender: Sender, engine: str = "ebpf", why: str = "", group: str = GROUP) -> None:
+    """Send until the flow is listed with this engine and reason."""
+
+    def listed() -> bool:
+        sender.send(group, 5000, [b"warm"])
+        flows = [f for f in relay.flows() if f["group"] == group and f["interface"] == "in0"]
+        return [(f["engine"], f["why"]) for f in flows] == [(engine, why)]
+
+    try:
+        eventually(listed, f"{engine} {why!r}")
+    except AssertionError as error:
+        error.add_note(f"flows: {relay.flows()}")
+        raise
+
+
+def delivers(sender: Sender, wire: Capture, question: Callable[[Packet], bool] = lambda _: True) -> None:
+    """What is sent arrives: in order, whole, with good checksums, and as it should be."""
+    sent = payloads(COUNT, first=COUNT * next(_serial))
+    sender.send(GROUP, 5000, sent)
+    got = [packet for packet in wire.until(sent[-1]) if packet.payload in sent]
+    assert [packet.payload for packet in got] == sent
+    assert all(question(packet) and packet.header_good and packet.checksum_good for packet in got)
+
+
+# ---- by the rule ----
+
+
+def test_a_rule_with_a_rate(lab: Lab) -> None:
+    """Beside it, another group's is the kernel's."""
+    star = lab.star()
+    config = rule("a", f"in0:{GROUP}:5000", f"out0:{OUT}:6000", rate="100000pps")
+    config += rule("free", "in0:239.1.1.2:5000", f"out0:{OUT}:6001")
+    with Capture(star.sink, "k0") as wire, carrying(star, config, "uring", "a rule has a rate") as (relay, sender):
+        delivers(sender, wire)
+        carried(relay, sender, group="239.1.1.2")
+        relay.add_rule("b", f"in0:{GROUP}:5000", f"out0:{OUT}:6002")
+        carried(relay, sender, "uring", "a rule has a rate")
+        relay.remove_rule("a")
+        carried(relay, sender)
+
+
+def test_an_output_of_the_other_family(lab: Lab) -> None:
+    """One such output, and the whole flow stays on the slow path."""
+    star = lab.star(outputs=2)
+    config = rule("a", f"in0:{GROUP}:5000", f"out0:{OUT}:6000", "out1:[fd00:1:1::2]:6000")
+    why = "an output is IPv6, the stream IPv4"
+    with (
+        Capture(star.sink, "k0") as four,
+        Receiver(star.sink, "k1", 6000, v6=True) as six,
+        carrying(star, config, "uring", why) as (_, sender),
+    ):
+        delivers(sender, four)
+        sent = payloads(COUNT, 300)
+        sender.send(GROUP, 5000, sent)
+        got: list[bytes] = []
+        while got[-1:] != sent[-1:]:
+            got += six.receive(1)
+        assert [payload for payload in got if payload in sent] == sent
+
+
+# ---- by the frame ----
+
+
+def test_a_ttl_that_runs_out(lab: Lab) -> None:
+    """Dropped and counted by the slow path; the flow's next one is the kernel's again."""
+    star = lab.star()
+    with Capture(star.sink, "k0") as wire, carrying(star, CONFIG) as (relay, sender):
+        with Sender(star.source, ttl=1) as short:
+            short.send(GROUP, 5000, payloads(3))
+        relay.await_drops("ttl_expired", 3)
+        fast.await_engine(relay, "uring", "TTL ran out", group=GROUP)
+        delivers(sender, wire)
+        carried(relay, sender)
+        relay.await_drops("ttl_expired", 3)
+
+
+def test_a_ttl_that_a_rule_sets_can_not_run_out(lab: Lab) -> None:
+    """TTL 1 comes in, 9 goes out."""
+    star = lab.star()
+    config = rule("a", f"in0:{GROUP}:5000", f"out0:{OUT}:6000,ttl=9")
+    with (
+        Capture(star.sink, "k0") as wire,
+        carrying(star, config) as (relay, _),
+        Sender(star.source, ttl=1) as short,
+    ):
+        carried(relay, short)
+        delivers(short, wire)
+
+
+@pytest.mark.parametrize("burst", [False, True], ids=["single", "merged"])
+def test_longer_than_an_outputs_mtu(lab: Lab, burst: bool) -> None:
+    """Leaves as fragments; short ones of the flow are the kernel's."""
+    star = lab.star(mtu=9000)
+    star.relay.ip("link set out0 mtu 1500")
+    sent = payloads(5, 4000)
+    with Receiver(star.sink, "k0", 6000, OUT) as application, carrying(star, CONFIG) as (relay, sender):
+        (sender.send_segmented if burst else sender.send)(GROUP, 5000, sent)
+        while (got := application.receive(1)) == [b"warm"]:
+            continue
+        assert got + application.receive(len(sent) - 1) == sent
+        fast.await_engine(relay, "uring", "longer than an output's MTU", group=GROUP)
+        carried(relay, sender)
+
+
+def test_the_largest_that_fits(lab: Lab) -> None:
+    """One byte more is too much."""
+    star = lab.star(mtu=9000)
+    star.relay.ip("link set out0 mtu 1500")
+    with (
+        Receiver(star.sink, "k0", 6000, OUT) as application,
+        carrying(star, CONFIG) as (relay, sender),
+        fast.kernel_of(relay) as kernel,
+    ):
+        for size, passed in ((1472, 0), (1473, 1)):
+            before = kernel.passed()["too_big"]
+            sender.send(GROUP, 5000, payloads(1, size))
+            while (got := application.receive(1)) == [b"warm"]:
+                continue
+            assert got == payloads(1, size)
+            assert kernel.passed()["too_big"] == before + passed
+
+
+# ---- by the host ----
+
+
+@pytest.mark.parametrize("bound", ["", GROUP], ids=["any", "group"])
+def test_a_listener_on_the_relay_host(lab: Lab, bound: str) -> None:
+    """It keeps getting everything, and the outputs too; when it ends, the kernel takes over."""
+    star = lab.star()
+    star.relay.sysctl("ipv4/conf/all/rp_filter", 0)
+    star.relay.sysctl("ipv4/conf/in0/rp_filter", 0)
+    with Capture(star.sink, "k0") as wire, carrying(star, CONFIG) as (relay, sender):
+        with Receiver(star.relay, "in0", 5000, GROUP) as listener:
+            carried(relay, sender, "uring", "a program on this host listens to it")
+            sent = payloads(50)
+            sender.send(GROUP, 5000, sent)
+            got: list[bytes] = []
+            while got[-1:] != sent[-1:]:
+                got += [payload for payload in listener.receive(1) if payload != b"warm"]
+            assert got == sent
+            got = [packet.payload for packet in wire.until(sent[-1]) if packet.payload != b"warm"]
+            assert got == sent
+        carried(relay, sender)
+        with fast.kernel_of(relay) as kernel:
+            accepted = kernel.accepted()
+            delivers(sender, wire)
+            assert kernel.accepted() == accepted
+
+
+def test_a_listener_to_another_group_at_that_port(lab: Lab) -> None:
+    """It may cost the fast path, never the listener's datagrams or the outputs'."""
+    star = lab.star()
+    with (
+        Capture(star.sink, "k0") as wire,
+        carrying(star, CONFIG) as (_, sender),
+        Receiver(star.relay, "out0", 5000, "239.9.9.9"),
+    ):
+        delivers(sender, wire)
+
+
+def test_a_port_of_a_bridge(lab: Lab) -> None:
+    """The bridge takes the frames before the rings behind the fast path would; and back."""
+    star = lab.star()
+    why = "no fast path at its interface: no Ethernet, in a bridge or bond, or VLANs on top of it"
+    try:
+        star.relay.ip("link add br0 type bridge", "link set br0 up")
+    except AssertionError:
+        pytest.skip("the kernel has no bridges (CONFIG_BRIDGE)")
+    with Capture(star.sink, "k0") as wire, carrying(star, CONFIG) as (relay, sender):
+        star.relay.ip("link set in0 master br0")
+        carried(relay, sender, "uring", why)
+        delivers(sender, wire)
+        star.relay.ip("link set in0 nomaster")
+        carried(relay, sender)
+        delivers(sender, wire)
+
+
+def test_a_rule_for_tagged_frames(lab: Lab) -> None:
+    """On the parent: the whole interface leaves the fast path, until that rule goes."""
+    star = lab.star(outputs=2)
+    why = "no fast path at its interface: no Ethernet, in a bridge or bond, or VLANs on top of it"
+    with (
+        Capture(star.sink, "k0") as plain,
+        Capture(star.sink, "k1") as twenty,
+        carrying(star, CONFIG) as (relay, sender),
+    ):
+        relay.add_rule("twenty", f"in0:{GROUP}:5000,vlan=20", f"out1:{OUT}:6000")
+        tagged = [udp_frame(SOURCE, GROUP, 5000, b"%d" % i, vlan=20) for i in range(COUNT)]
+        send_frames(star.source, "s0", tagged)
+        assert [packet.payload for packet in twenty.wait(COUNT)] == [b"%d" % i for i in range(COUNT)]
+        sender.send(GROUP, 5000, [b"untagged"])
+        assert plain.until(b"untagged")[-1].vlan is None
+        listed = {(f["vlan"], f["engine"], f["why"]) for f in relay.flows()}
+        assert listed == {(20, "uring", why), (None, "uring", why)}
+        relay.remove_rule("twenty")
+        eventually(lambda: relayed(relay, sender), "the kernel carries the untagged ones again")
+        delivers(sender, plain)
+
+
+def relayed(relay: Relay, sender: Sender) -> bool:
+    """Whether the untagged flow is the kernel's."""
+    sender.send(GROUP, 5000, [b"warm"])
+    return ("ebpf", None) in {(f["engine"], f["vlan"]) for f in relay.flows()}
+
+
+# ---- by the way there ----
+
+
+@pytest.mark.parametrize("six", [False, True], ids=["IPv4", "IPv6"])
+def test_a_neighbour_that_is_not_known(lab: Lab, six: bool) -> None:
+    """Datagrams are held or lost as the kernel's own would be; once it answers, the kernel carries them."""
+    star = lab.star()
+    host, sent_to = ("fd00:1:0::9", "ff3e::1") if six else ("10.1.0.9", GROUP)
+    address = f"[{host}]" if six else host
+    config = rule("a", f"in0:[{sent_to}]:5000" if six else f"in0:{GROUP}:5000", f"out0:{address}:6000")
+    with Sender(star.source, SOURCE_6 if six else SOURCE) as sender, Relay(star.relay, config) as relay:
+        carried(relay, sender, "uring", "an output's next hop is not known", sent_to)
+        star.sink.ip(f"addr add {host}/{64 if six else 24} dev k0")
+        with Capture(star.sink, "k0") as wire:
+            carried(relay, sender, group=sent_to)
+            sender.send(sent_to, 5000, [b"at last"])
+            found = wire.until(b"at last")[-1]
+            assert (found.destination, found.destination_mac) == (str_of(host), star.sink.mac("k0"))
+            assert found.checksum_good
+
+
+def str_of(address: str) -> str:
+    """As a capture has it."""
+    return address.replace(":0::", "::")
+
+
+def test_an_output_interface_goes_down_and_up(lab: Lab) -> None:
+    """The other output loses nothing; this one gets what is sent while it is up."""
+    star = lab.star(outputs=2)
+    config = rule("a", f"in0:{GROUP}:5000", f"out0:{OUT}:6000", f"out1:{OUT}:6000")
+    sent = payloads(300)
+    with ExitStack() as stack:
+        calm, struck = (stack.enter_context(Capture(star.sink, f"k{i}")) for i in range(2))
+        relay, sender = stack.enter_context(carrying(star, config))
+        sender.send(GROUP, 5000, sent[:100])
+        star.relay.ip("link set out1 down")
+        sender.send(GROUP, 5000, sent[100:200])
+        outputs(relay, sender, "out0")
+        carried(relay, sender)
+        star.relay.ip("link set out1 up")
+        outputs(relay, sender, "out0", "out1")
+        carried(relay, sender)
+        sender.send(GROUP, 5000, sent[200:])
+        got = [packet.payload for packet in calm.until(sent[-1]) if packet.payload != b"warm"]
+        assert got == sent
+        late = [packet.payload for packet in struck.until(sent[-1]) if packet.payload != b"warm"]
+        assert late[:100] == sent[:100]
+        assert late[-100:] == sent[200:]
+        assert not set(late) & set(sent[100:200])
+
+
+def outputs(relay: Relay, sender: Sender, *names: str) -> None:
+    """Send until the flow goes to these interfaces."""
+
+    def goes() -> bool:
+        sender.send(GROUP, 5000, [b"warm"])
+        return [f["outputs"] for f in relay.flows()] == [[f"{name}:{OUT}:6000" for name in names]]
+
+    eventually(goes, f"it goes to {names}")
+
+
+def test_the_only_output_interface_goes_down_and_up(lab: Lab) -> None:
+    """The flow goes nowhere meanwhile, and is counted so."""
+    star = lab.star()
+    with carrying(star, CONFIG) as (relay, sender):
+        star.relay.ip("link set out0 down")
+        carried(relay, sender, "uring", "it goes nowhere")
+        relay.await_stats(lambda s: s["drops"]["no_output"] > 0, "it is counted")
+        star.relay.ip("link set out0 up")
+        with Capture(star.sink, "k0") as wire:
+            carried(relay, sender)
+            delivers(sender, wire)
