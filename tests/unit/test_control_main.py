@@ -309,7 +309,7 @@ def test_numbers(tmp_path: Path) -> None:
             counters.flows[:, 5] = 7, 700
             stats = (await it.api("GET", "/v1/stats")).body
             assert (stats["received"], stats["matched"], stats["drops"]["no_rule"]) == (10, 7, 3)
-            assert (stats["flows"], stats["engines"]) == (1, {"ebpf": 0, "uring": 1})
+            assert (stats["flows"], stats["engines"]) == (1, {"xdp": 0, "ebpf": 0, "uring": 1})
             assert (stats["carried"], stats["passed"]) == (5, {})
             (rule,) = stats["rules"]
             assert (rule["name"], rule["packets"], rule["bytes"]) == ("a", 7, 700)
