@@ -40,6 +40,8 @@ struct flow {
     __u64 given;   /* X: stamp of the last frame that XDP passed on; 0: none yet */
     __u64 seen;    /* F at tc: stamp of the last frame that came with one */
     __u32 why;     /* X: enum why_not_xdp, of the last frame that XDP passed on */
+    __u32 left;    /* F at tc: frames left to the slow path ... */
+    __u32 entered; /* R: ... and those that came to its rings: the kernel may hold some of a list in between */
     __u32 reserved;
 };
 

@@ -48,17 +48,20 @@ ALWAYS_INLINE _Bool is_due(struct flow *flow, _Bool is_long)
     struct progress *slow = bpf_map_lookup_elem(&progress, &worker);
     if (!slow)
         return 0;
-    __u64 tail = READ_ONCE(flow->tail);
-    if (tail == TAIL_UNKNOWN) {
-        flow->tail = tail = READ_ONCE(slow->accepted);
+    if (READ_ONCE(flow->tail) == TAIL_UNKNOWN) {
+        flow->tail = READ_ONCE(slow->accepted);
+        flow->left = READ_ONCE(flow->entered);
         flow->waited = 0;
     }
-    if (READ_ONCE(slow->drained) < tail) {
+    /* This order: a frame that has entered has moved the tail before. */
+    _Bool all_entered = (__s32)(flow->left - READ_ONCE(flow->entered)) <= 0;
+    if (!all_entered || READ_ONCE(slow->drained) < READ_ONCE(flow->tail)) {
         if (flow->waited < PATIENCE && !is_crowded(slow, is_long)) {
             flow->waited++;
             return 0;
         }
         flow->tail = 0;
+        flow->left = READ_ONCE(flow->entered);
     }
     if (flow->waited)
         flow->waited = 0;
@@ -138,8 +141,10 @@ ALWAYS_INLINE int carry(struct frame *frame, struct flow *flow, struct bpf_sock_
     if (flow->state != reason)
         flow->state = reason;
     note_stamp(frame->skb, flow);
-    if (reason != CARRIED)
+    if (reason != CARRIED) {
+        __sync_fetch_and_add(&flow->left, 1);
         return pass(frame->skb, reason);
+    }
     count_carried(frame, flow);
     if (frame->skb->vlan_present)
         bpf_skb_vlan_pop(frame->skb);

@@ -48,10 +48,13 @@ ALWAYS_INLINE struct flow *flow_of6(const struct __sk_buff *skb)
 }
 
 /* TAIL_UNKNOWN stays: `relay` replaces it by what `accepted` then is, which counts this frame. */
-ALWAYS_INLINE void set_tail(struct flow *flow, __u64 number)
+ALWAYS_INLINE void enter(struct flow *flow, __u64 number)
 {
-    if (flow && READ_ONCE(flow->tail) != TAIL_UNKNOWN)
+    if (!flow)
+        return;
+    if (READ_ONCE(flow->tail) != TAIL_UNKNOWN)
         flow->tail = number;
+    __sync_fetch_and_add(&flow->entered, 1);
 }
 
 ALWAYS_INLINE __u32 let_in(const struct __sk_buff *skb, _Bool is_long)
@@ -64,7 +67,7 @@ ALWAYS_INLINE __u32 let_in(const struct __sk_buff *skb, _Bool is_long)
     if (is_long)
         __sync_fetch_and_add(&slow->accepted_long, 1);
     __u64 number = __sync_fetch_and_add(&slow->accepted, 1) + 1;
-    set_tail(six ? flow_of6(skb) : flow_of4(skb), number);
+    enter(six ? flow_of6(skb) : flow_of4(skb), number);
     return WHOLE;
 }
 

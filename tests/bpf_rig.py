@@ -121,8 +121,14 @@ class FastPath:
                 at[name] = getattr(output, name)
             at["multicast"] = ipaddress.ip_address(output.address).is_multicast
             self.arrays["route"][i]["output"] = i
-        value = struct.pack("<QIIIIIIQQII", tail, worker, slot, 0, len(outputs), 0, state, stamp, stamp, 0, 0)
+        value = struct.pack("<QIIIIIIQQ4I", tail, worker, slot, 0, len(outputs), 0, state, stamp, stamp, 0, 0, 0, 0)
         self.flows[4 if len(flow) == 16 else 6].update(flow, value)
+
+    def enter(self, flow: bytes) -> None:
+        """Have all frames of a flow that were left to the slow path come to its rings."""
+        value = np.array(self.flow(flow))
+        value["entered"] = value["left"]
+        self.flows[4 if len(flow) == 16 else 6].update(flow, value.tobytes())
 
     def flow(self, flow: bytes) -> Any:
         """What is installed under a key, as it is now."""

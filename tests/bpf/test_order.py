@@ -45,6 +45,7 @@ def test_carried_once_the_tail_is_drained(path: FastPath) -> None:
     assert path.flow(KEY4)["state"] == PASSED.index("waiting")
     assert path.flow(KEY4)["waited"] == 2
     set_progress(path, 9, 7)
+    path.enter(KEY4)
     assert verdicts(path, 1) == [TC_ACT_REDIRECT]
     assert path.flow(KEY4)[["waited", "state"]].tolist() == (0, CARRIED)
 
@@ -56,6 +57,18 @@ def test_an_unknown_tail_is_what_was_let_in_by_then(path: FastPath) -> None:
     assert verdicts(path, 1) == [TCX_NEXT]
     assert path.flow(KEY4)["tail"] == 5
     set_progress(path, 8, 5)
+    path.enter(KEY4)
+    assert verdicts(path, 1) == [TC_ACT_REDIRECT]
+
+
+def test_a_frame_that_is_not_in_the_rings_yet_is_waited_for(path: FastPath) -> None:
+    """The kernel hands lists on: what was left to the slow path may not have been numbered."""
+    path.install(KEY4, Out(), tail=7)
+    set_progress(path, 9, 6)
+    assert verdicts(path, 1) == [TCX_NEXT]
+    set_progress(path, 9, 7)
+    assert verdicts(path, 1) == [TCX_NEXT]
+    path.enter(KEY4)
     assert verdicts(path, 1) == [TC_ACT_REDIRECT]
 
 
@@ -96,6 +109,7 @@ def test_each_worker_has_its_own_progress(home: Namespace) -> None:
         path.arrays["progress"]["drained"] = [9, 0]
         path.install(KEY4, Out(), tail=7, worker=1)
         assert verdicts(path, 1) == [TCX_NEXT]
+        path.enter(KEY4)
         path.arrays["progress"]["drained"] = [0, 9]
         assert verdicts(path, 1) == [TC_ACT_REDIRECT]
 
@@ -114,10 +128,12 @@ def test_a_listener_keeps_its_stream(path: FastPath, bound: str, frame: bytes, f
         sock.bind((bound, 5000))
         assert path.run(frame)[0] == TCX_NEXT
         assert path.passed() == {"listener": 1}
+        path.enter(flow)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, HELD_MARK)
         assert path.run(frame)[0] == TC_ACT_REDIRECT
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 0)
         assert path.run(frame)[0] == TCX_NEXT
+        path.enter(flow)
     assert path.run(frame)[0] == TC_ACT_REDIRECT
 
 

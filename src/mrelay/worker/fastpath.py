@@ -24,7 +24,7 @@ from mrelay.worker.egress import Entry
 
 log = logging.getLogger("mrelay.worker")
 
-_FLOW: Final = struct.Struct("=QIIIIIIQQII")  # bpf/mrelay.h, struct flow
+_FLOW: Final = struct.Struct("=QIIIIIIQQ4I")  # bpf/mrelay.h, struct flow
 _NEW: Final = PASSED.index("waiting")
 # Words of struct progress.
 _ACCEPTED, _ACCEPTED_LONG, _DRAINED, _HALF, _SENT, _SENT_LONG, _ROOM, _ROOM_LONG = 0, 1, *range(8, 14)
@@ -121,7 +121,7 @@ class FastPath:
                 tail, state = old[0], old[6]
             if old[6] == CARRIED_XDP:  # nor between XDP and tc
                 stamp = 1
-        values = tail, self._worker, self._first + slot, *place, 0, state, stamp, stamp, 0, 0
+        values = tail, self._worker, self._first + slot, *place, 0, state, stamp, stamp, 0, 0, 0, 0
         try:
             flows.update(name, _FLOW.pack(*values))
         except OSError as error:
