@@ -126,7 +126,7 @@ class FastPath:
 
     def enter(self, flow: bytes) -> None:
         """Have all frames of a flow that were left to the slow path come to its rings."""
-        value = np.array(self.flow(flow))
+        value = np.array([self.flow(flow)], layout.FLOW)
         value["entered"] = value["left"]
         self.flows[4 if len(flow) == 16 else 6].update(flow, value.tobytes())
 
