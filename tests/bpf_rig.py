@@ -121,7 +121,8 @@ class FastPath:
                 at[name] = getattr(output, name)
             at["multicast"] = ipaddress.ip_address(output.address).is_multicast
             self.arrays["route"][i]["output"] = i
-        value = struct.pack("<QIIIIIIQQ4I", tail, worker, slot, 0, len(outputs), 0, state, stamp, stamp, 0, 0, 0, 0)
+        stamps = stamp, stamp
+        value = struct.pack("<QIIIIIIQQ16x", tail, worker, slot, 0, len(outputs), 0, state, *stamps)
         self.flows[4 if len(flow) == 16 else 6].update(flow, value)
 
     def enter(self, flow: bytes) -> None:
