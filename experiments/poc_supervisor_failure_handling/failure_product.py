@@ -189,9 +189,11 @@ def interface_gone(core: int, seconds: float) -> Gone:
             with IPRoute() as ip:
                 ip.link("del", index=ifindex)
             start = time.monotonic()
-            while time.monotonic() < start + seconds:
-                keeper.turn(start + seconds)
-            share = (cpu_seconds(worker.pid) - before) / seconds
+            # At least so long, and until the other has ended twice: on a busy machine that takes longer.
+            until = start + seconds
+            while time.monotonic() < until or (keeper.trials[0].restarts < 2 and time.monotonic() < start + IN_TIME):
+                keeper.turn(max(until, time.monotonic() + 0.1))
+            share = (cpu_seconds(worker.pid) - before) / (time.monotonic() - start)
             worker.say(Sync(2))
             worker.answer()
             return Gone(keeper.trials[0].restarts, int(worker.pid != pid), share)
