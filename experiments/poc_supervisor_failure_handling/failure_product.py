@@ -190,10 +190,11 @@ def interface_gone(core: int, seconds: float) -> Gone:
                 ip.link("del", index=ifindex)
             start = time.monotonic()
             # At least so long, and until the other has ended twice: on a busy machine that takes longer.
-            until = start + seconds
-            while time.monotonic() < until or (keeper.trials[0].restarts < 2 and time.monotonic() < start + IN_TIME):
-                keeper.turn(max(until, time.monotonic() + 0.1))
-            share = (cpu_seconds(worker.pid) - before) / (time.monotonic() - start)
+            while (spent := time.monotonic() - start) < seconds or (
+                keeper.trials[0].restarts < 2 and spent < IN_TIME
+            ):
+                keeper.turn(time.monotonic() + 0.1)
+            share = (cpu_seconds(worker.pid) - before) / spent
             worker.say(Sync(2))
             worker.answer()
             return Gone(keeper.trials[0].restarts, int(worker.pid != pid), share)
