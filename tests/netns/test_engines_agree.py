@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -220,7 +221,7 @@ class Reference:
         received = 0
         for frame in sent:
             family = 6 if ":" in frame.group else 4
-            if not frame.packet or not self.rules.names(1, family, int(frames.ipaddress.ip_address(frame.group))):
+            if not frame.packet or not self.rules.names(1, family, int(ip_address(frame.group))):
                 continue
             received += 1
             datagram = parse(memoryview(frame.packet), 0, len(frame.packet))
@@ -235,7 +236,7 @@ class Reference:
             ttl = to.ttl or (datagram.hop >> 8) - 1
             tos = datagram.hop & 255 if to.dscp < 0 else to.dscp << 2 | datagram.hop & 3
             own = OUT_ADDRESSES[to.oif][to.family == 6]
-            kept = str(frames.ipaddress.ip_address(datagram.source.to_bytes(4 if key.family == 4 else 16)))
+            kept = str(ip_address(datagram.source.to_bytes(4 if key.family == 4 else 16)))
             if ttl > 0:
                 yield key, Delivery(to.oif, kept if to.keep else own, to.address, to.port, ttl, tos, payload)
 
@@ -243,16 +244,18 @@ class Reference:
 def reference(chosen: list[tuple[Input, tuple[Output, ...]]]) -> Reference:
     """For these rules, on an interface 1."""
     made = RuleSet()
-    number = frames.ipaddress.ip_address
     for slot, (origin, outputs) in enumerate(chosen):
         top = 2 ** (32 if origin.family == 4 else 128) - 1
-        source = (0, top) if origin.source is None else (int(number(origin.source)),) * 2
+        exact = origin.source and int(ip_address(origin.source))
+        source = (exact, exact) if exact else (0, top)
         compiled = tuple(
             RuleOutput(10 * slot + i, i, to.oif, to.address, to.port, to.ttl, to.dscp, to.keep)
             for i, to in enumerate(outputs)
         )
-        addresses = int(number(origin.low)), int(number(origin.high))
-        made.put(PutRule(slot, 1, 0, origin.family, *addresses, *origin.ports, *source, 0, 0, (), compiled))
+        addresses = int(ip_address(origin.low)), int(ip_address(origin.high))
+        (low, high), (first, last) = addresses, origin.ports
+        put = PutRule(slot, 1, 0, origin.family, low, high, first, last, source[0], source[1], 0, 0, (), compiled)
+        made.put(put)
     return Reference(made)
 
 
@@ -317,9 +320,9 @@ def delivery(oif: int, packet: Packet) -> Delivery:
     return Delivery(oif, packet.source, packet.destination, packet.dport, packet.ttl, tos, packet.payload)
 
 
-def counters(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+def counters(before: dict[str, Any], after: dict[str, Any]) -> dict[object, Any]:
     """What was counted in between."""
-    found = {name: after[name] - before[name] for name in ("received", "matched")}
+    found: dict[object, Any] = {name: after[name] - before[name] for name in ("received", "matched")}
     found |= {name: after["drops"][name] - before["drops"][name] for name in after["drops"]}
     for old, new in zip(before["rules"], after["rules"], strict=True):
         found[new["name"]] = new["packets"] - old["packets"], new["bytes"] - old["bytes"]
