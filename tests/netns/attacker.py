@@ -33,6 +33,7 @@ from mrelay.messages import (
     Message,
     OpenEgress,
     OpenIngress,
+    ProbeNeighbour,
     Ready,
     Release,
     Resource,
@@ -159,6 +160,9 @@ def hostile(link: int) -> dict[str, Message]:
         "ring of odd size": OpenIngress(link, 300),
         "ring of huge size": OpenIngress(link, 1 << 30),
         "second ring": OpenIngress(link, 256),
+        "second ring of a family": OpenIngress(link, 256, 4),
+        "ring of family 5": OpenIngress(link, 256, 5),
+        "ring of a huge family": OpenIngress(link, 256, BIG),
         "join of a host": JoinGroup(link, "10.0.0.1", None),
         "join of nothing": JoinGroup(link, "", None),
         "join of a name": JoinGroup(link, "example.org", None),
@@ -210,7 +214,7 @@ OTHERS: Final[dict[str, Message]] = {
 def anything(chance: random.Random) -> Grant | Listen | StartWorkers:
     """A well-formed request of ill-formed parts. Nothing is released: the relay goes on."""
     whats: list[Callable[[], Grant | Listen | StartWorkers]] = [
-        lambda: Grant(1, OpenIngress(_number(chance), _number(chance))),
+        lambda: Grant(1, OpenIngress(_number(chance), _number(chance), _number(chance))),
         lambda: Grant(1, JoinGroup(_number(chance), _text(chance), chance.choice([None, _text(chance)]))),
         lambda: Grant(1, HoldUnicast(_text(chance), _number(chance))),
         lambda: Grant(1, _egress(chance)),
@@ -248,6 +252,9 @@ ATTACKS: Final[dict[str, Callable[[Taken], None]]] = {
     "an unknown message": sending(b'{"v":1,"m":{"t":"OpenFile","path":"/etc/shadow"}}'),
     "a field too many": sending(b'{"v":1,"m":{"t":"Ready","status":"","more":1}}'),
     "a wrong type": sending(b'{"v":1,"m":{"t":"Ready","status":7}}'),
+    "a group as neighbour": sending(encode(ProbeNeighbour(1, "239.1.1.1"))),
+    "a neighbour without address": sending(encode(ProbeNeighbour(1, "\ud800"))),
+    "a neighbour on a huge interface": sending(encode(ProbeNeighbour(BIG, "10.0.0.1"))),
     "a message for others": sending(encode(Done(1))),
     "truncated": sending(encode(Ready("x" * 100))[:50]),
     "oversized": sending(encode(Ready("x" * 150_000))),

@@ -281,6 +281,24 @@ def make_a_bpf_map(_: Targets) -> None:
     os.close(_call("bpf", 0, struct.pack("=IIII", 2, 4, 4, 1), 16))
 
 
+def a_bpf_map_by_its_number(_: Targets) -> None:
+    """BPF_MAP_GET_FD_BY_ID, of one that is not there."""
+    _call("bpf", 14, struct.pack("=III", 0x7FFFFFFF, 0, 0), 12, fine=errno.ENOENT)
+
+
+def a_bpf_program_by_its_number(_: Targets) -> None:
+    """BPF_PROG_GET_FD_BY_ID, likewise."""
+    _call("bpf", 13, struct.pack("=III", 0x7FFFFFFF, 0, 0), 12, fine=errno.ENOENT)
+
+
+def load_a_bpf_program(_: Targets) -> None:
+    """BPF_PROG_LOAD: a socket filter, r0 = 0; exit."""
+    code = ctypes.create_string_buffer(struct.pack("=BBhiBBhi", 0xB7, 0, 0, 0, 0x95, 0, 0, 0))
+    name = ctypes.create_string_buffer(b"GPL")
+    attributes = struct.pack("=IIQQ", 1, 2, ctypes.addressof(code), ctypes.addressof(name))
+    os.close(_call("bpf", 5, attributes, len(attributes)))
+
+
 def set_up_io_uring(_: Targets) -> None:
     os.close(_call("io_uring_setup", 1, (ctypes.c_char * 120)()))
 
@@ -349,6 +367,9 @@ ATTEMPTS: Final[tuple[Callable[[Targets], None], ...]] = (
     make_memory_executable,
     file_in_memory,
     make_a_bpf_map,
+    a_bpf_map_by_its_number,
+    a_bpf_program_by_its_number,
+    load_a_bpf_program,
     set_up_io_uring,
     load_a_module,
     load_a_kernel,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from netns import fast, numbers
+from netns import fast, numbered
 from netns.lab import Lab
 
 
@@ -32,6 +32,6 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def numbers_elf(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The programs of numbers.py, compiled; skips where they can't be loaded."""
+    """The programs of numbered.py, compiled; skips where they can't be loaded."""
     fast.require()
-    return numbers.compiled(tmp_path_factory.mktemp("bpf"))
+    return numbered.compiled(tmp_path_factory.mktemp("bpf"))

@@ -153,6 +153,7 @@ ENDS_ITS_SENDER = [
     ),
     *("truncated", "oversized", "deeply nested", "a huge number", "descriptors", "many descriptors"),
     "descriptors alone",
+    *("a group as neighbour", "a neighbour without address", "a neighbour on a huge interface"),
 ]
 
 

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -92,7 +93,12 @@ def outputs_of(origin: Input) -> st.SearchStrategy[tuple[Output, ...]]:
     """Some outputs; source=keep and `*` only where they make sense."""
     multicast = origin.text not in (INPUTS[3].text, INPUTS[6].text)
     fitting = [o for o in OUTPUTS if not o.keep or origin.family == 4] + [KEPT] * multicast
-    return st.lists(st.sampled_from(fitting), min_size=1, max_size=4, unique=True).map(tuple)
+    own = [o for o in fitting if (o in SIX) == (origin.family == 6) or o is KEPT]  # what the kernel can carry
+
+    def some(of: list[Output]) -> st.SearchStrategy[tuple[Output, ...]]:
+        return st.lists(st.sampled_from(of), min_size=1, max_size=4, unique=True).map(tuple)
+
+    return st.one_of(some(own), some(own), some(fitting))
 
 
 # ---- frames ----
@@ -210,9 +216,14 @@ class Delivery(NamedTuple):
 
 @dataclass
 class Reference:
-    """What should become of frames under these rules."""
+    """What should become of frames under these rules.
+
+    `unordered`: flows with frames that have options or extension headers, which the rings do not number: the
+    kernel may overtake those.
+    """
 
     rules: RuleSet
+    unordered: set[FlowKey] = field(default_factory=set)
 
     def run(self, sent: list[Frame]) -> tuple[list[tuple[FlowKey, Delivery]], int]:
         """What leaves, in order of arrival, and how many datagrams are received."""
@@ -220,7 +231,7 @@ class Reference:
         received = 0
         for frame in sent:
             family = 6 if ":" in frame.group else 4
-            if not frame.packet or not self.rules.names(1, family, int(frames.ipaddress.ip_address(frame.group))):
+            if not frame.packet or not self.rules.names(1, family, int(ip_address(frame.group))):
                 continue
             received += 1
             datagram = parse(memoryview(frame.packet), 0, len(frame.packet))
@@ -230,12 +241,14 @@ class Reference:
 
     def _leaves(self, packet: bytes, datagram: Datagram) -> Iterator[tuple[FlowKey, Delivery]]:
         key = FlowKey(1, 0, datagram.family, datagram.source, datagram.group, datagram.port)
+        if datagram.start != (28 if datagram.family == 4 else 48):
+            self.unordered.add(key)
         payload = packet[datagram.start : datagram.start + datagram.length]
         for to in self.rules.resolve(key).destinations:
             ttl = to.ttl or (datagram.hop >> 8) - 1
             tos = datagram.hop & 255 if to.dscp < 0 else to.dscp << 2 | datagram.hop & 3
             own = OUT_ADDRESSES[to.oif][to.family == 6]
-            kept = str(frames.ipaddress.ip_address(datagram.source.to_bytes(4 if key.family == 4 else 16)))
+            kept = str(ip_address(datagram.source.to_bytes(4 if key.family == 4 else 16)))
             if ttl > 0:
                 yield key, Delivery(to.oif, kept if to.keep else own, to.address, to.port, ttl, tos, payload)
 
@@ -243,16 +256,18 @@ class Reference:
 def reference(chosen: list[tuple[Input, tuple[Output, ...]]]) -> Reference:
     """For these rules, on an interface 1."""
     made = RuleSet()
-    number = frames.ipaddress.ip_address
     for slot, (origin, outputs) in enumerate(chosen):
         top = 2 ** (32 if origin.family == 4 else 128) - 1
-        source = (0, top) if origin.source is None else (int(number(origin.source)),) * 2
+        exact = origin.source and int(ip_address(origin.source))
+        source = (exact, exact) if exact else (0, top)
         compiled = tuple(
             RuleOutput(10 * slot + i, i, to.oif, to.address, to.port, to.ttl, to.dscp, to.keep)
             for i, to in enumerate(outputs)
         )
-        addresses = int(number(origin.low)), int(number(origin.high))
-        made.put(PutRule(slot, 1, 0, origin.family, *addresses, *origin.ports, *source, 0, 0, (), compiled))
+        addresses = int(ip_address(origin.low)), int(ip_address(origin.high))
+        (low, high), (first, last) = addresses, origin.ports
+        put = PutRule(slot, 1, 0, origin.family, low, high, first, last, source[0], source[1], 0, 0, (), compiled)
+        made.put(put)
     return Reference(made)
 
 
@@ -317,9 +332,9 @@ def delivery(oif: int, packet: Packet) -> Delivery:
     return Delivery(oif, packet.source, packet.destination, packet.dport, packet.ttl, tos, packet.payload)
 
 
-def counters(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+def counters(before: dict[str, Any], after: dict[str, Any]) -> dict[object, Any]:
     """What was counted in between."""
-    found = {name: after[name] - before[name] for name in ("received", "matched")}
+    found: dict[object, Any] = {name: after[name] - before[name] for name in ("received", "matched")}
     found |= {name: after["drops"][name] - before["drops"][name] for name in after["drops"]}
     for old, new in zip(before["rules"], after["rules"], strict=True):
         found[new["name"]] = new["packets"] - old["packets"], new["bytes"] - old["bytes"]
@@ -346,7 +361,8 @@ def test_both_engines_and_the_reference_agree(engines: tuple[Engine, Engine]) ->
             {"name": f"r{i}", "from": origin.text, "to": [to.text for to in outputs]}
             for i, (origin, outputs) in enumerate(chosen)
         ]
-        once, received = reference(chosen).run(corpus)
+        told = reference(chosen)
+        once, received = told.run(corpus)
         expected = [each for _, each in once]
         count = [2 * sum(each.oif == oif for each in expected) for oif in range(2)]
         counted = []
@@ -358,7 +374,7 @@ def test_both_engines_and_the_reference_agree(engines: tuple[Engine, Engine]) ->
             found, wanted = Counter(delivery(*each) for each in got), Counter(expected * 2)
             assert short(found - wanted) == short(wanted - found) == [], engine.relay.namespace
             assert_sound(got, corpus)
-            assert_ordered([delivery(*each) for each in got], once)
+            assert_ordered([delivery(*each) for each in got], once, told.unordered)
             counted.append(counters(before, engine.relay.stats()))
             if engine.kernel is not None:
                 carried[0] = engine.kernel.carried()
@@ -385,7 +401,7 @@ def assert_sound(got: list[tuple[int, Packet]], corpus: list[Frame]) -> None:
         assert packet.checksum_good or packet.payload in bare, packet
 
 
-def assert_ordered(got: list[Delivery], once: list[tuple[FlowKey, Delivery]]) -> None:
+def assert_ordered(got: list[Delivery], once: list[tuple[FlowKey, Delivery]], unordered: set[FlowKey]) -> None:
     """At each output, each flow's datagrams came in the order in which they were sent, where that shows."""
     flows: dict[Delivery, set[FlowKey]] = defaultdict(set)
     for key, each in once:
@@ -396,5 +412,5 @@ def assert_ordered(got: list[Delivery], once: list[tuple[FlowKey, Delivery]]) ->
     for each in got:
         came[frozenset(flows[each]), place(each)].append(each)
     for (keys, where), mine in sent.items():
-        if len(keys) == 1:
+        if len(keys) == 1 and not keys & unordered:
             assert came[keys, where] == mine

@@ -12,7 +12,7 @@ import pytest
 
 from netns import fast
 from netns.lab import Lab, Star, eventually
-from netns.numbers import FIRST_PORT, PORT, Numbers, Outcome
+from netns.numbered import FIRST_PORT, PORT, Numbers, Outcome
 from netns.relay import Relay, rule
 
 pytestmark = pytest.mark.netns

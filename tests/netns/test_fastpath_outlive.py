@@ -19,7 +19,7 @@ import pytest
 from manager import Manager
 from netns import fast
 from netns.lab import SOURCE, SOURCE_2, SOURCE_6, Lab, Star, eventually
-from netns.numbers import FIRST_PORT, PORT, Load, Numbers, Outcome
+from netns.numbered import FIRST_PORT, PORT, Load, Numbers, Outcome
 from netns.relay import Relay, rule
 from netns.test_fdstore import Listener, kill, start_again
 from netns.traffic import Capture, Receiver, Sender

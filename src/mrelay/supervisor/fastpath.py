@@ -51,7 +51,10 @@ class FastPath:
         try:
             self._load(layout.sizes(workers, flow_limit, libbpf.possible_cpus()))
         except OSError as error:
-            self.problem = f"the kernel refuses it: {error.strerror or error}"
+            said, _, verifier = (error.strerror or str(error)).partition("\n")
+            self.problem = f"the kernel refuses it: {said}"
+            if verifier:
+                log.info("the verifier's last words:\n%s", verifier)
             self._forget()
 
     def _load(self, sizes: Sizes) -> None:

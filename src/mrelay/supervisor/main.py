@@ -234,7 +234,7 @@ class Supervisor:
                 log.info("stopping, as a client asked")
                 self._quit, self._keep = True, keep
             case ProbeNeighbour(ifindex, address):
-                probe_neighbour(ifindex, address)
+                _probe(ifindex, address)
             case Ready(status):
                 self._announce(status)
             case Status(text):
@@ -433,6 +433,14 @@ class Supervisor:
         self.run()
         self._shut_down()
         return 0
+
+
+def _probe(ifindex: int, address: str) -> None:
+    """Nobody waits for an answer that could refuse it."""
+    try:
+        probe_neighbour(ifindex, address)
+    except Refused as error:
+        raise BadMessage(str(error)) from None
 
 
 def _noted(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""A load that numbers its datagrams and a sink that ticks the numbers off, both in the kernel (numbers.bpf.c).
+"""A load that numbers its datagrams and a sink that ticks the numbers off, both in the kernel (numbered.bpf.c).
 
 Python could neither send nor count 100,000 datagrams a second beside the relay. Owns the programs and their maps;
 `Load` is a thread that blocks in the kernel until all is sent, or `stop`.
@@ -24,7 +24,7 @@ from netns.lab import Namespace, Star, eventually
 
 TREE: Final = Path(__file__).resolve().parents[2]
 PORT, FIRST_PORT = 5000, 6000  # in; out, of the first output
-NUMBERS, OUTPUTS, FLOWS = 1 << 20, 2, 1024  # numbers.bpf.c
+NUMBERS, OUTPUTS, FLOWS = 1 << 20, 2, 1024  # numbered.bpf.c
 MOST_FLOWS: Final = FLOWS
 _HEADERS: Final = 42
 _SIZES: Final = {  # name: entries and the element's dtype
@@ -48,8 +48,8 @@ def setup_script() -> ModuleType:
 
 def compiled(folder: Path) -> bytes:
     """The object file."""
-    target = folder / "numbers.bpf.o"
-    setup_script().compile_program(Path(__file__).with_name("numbers.bpf.c"), target)
+    target = folder / "numbered.bpf.o"
+    setup_script().compile_program(Path(__file__).with_name("numbered.bpf.c"), target)
     return target.read_bytes()
 
 

@@ -1,4 +1,4 @@
-/* For numbers.py: `source` (XDP, run on live frames) numbers datagrams, spreads them over flows and paces them;
+/* For numbered.py: `source` (XDP, run on live frames) numbers datagrams, spreads them over flows and paces them;
  * `sink` (tc ingress) writes down for each number how often it came, with which TTL, and whether it came late. */
 #include "defs.h"
 
