@@ -197,7 +197,7 @@ def interface_gone(core: int, seconds: float) -> Gone:
             share = (cpu_seconds(worker.pid) - before) / spent
             worker.say(Sync(2))
             worker.answer()
-            return Gone(other.restarts, int(worker.pid != pid), share)
+            return Gone(keeper.trials[0].restarts, int(worker.pid != pid), share)
         finally:
             keeper.put_away()
             worker.leave()
