@@ -15,7 +15,10 @@ from netns.lab import Lab, Star, eventually
 from netns.numbered import FIRST_PORT, PORT, Numbers, Outcome
 from netns.relay import Relay, rule
 
-pytestmark = pytest.mark.netns
+pytestmark = [
+    pytest.mark.netns,
+    pytest.mark.alone,
+]  # loads of 100,000 datagrams a second, of which none may be lost
 GROUP, OUT = "239.1.1.1", "239.2.2.2"
 RATE: Final = 100_000
 FROM: Final = f"in0:{GROUP}:{PORT}"

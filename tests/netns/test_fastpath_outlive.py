@@ -24,7 +24,10 @@ from netns.relay import Relay, rule
 from netns.test_fdstore import Listener, kill, start_again
 from netns.traffic import Capture, Receiver, Sender
 
-pytestmark = pytest.mark.netns
+pytestmark = [
+    pytest.mark.netns,
+    pytest.mark.alone,
+]  # loads of 100,000 datagrams a second, of which none may be lost
 GROUP, OUT = "239.1.1.1", "239.2.2.2"
 RATE: Final = 100_000
 CONFIG: Final = rule("a", f"in0:{GROUP}:{PORT}", f"out0:{OUT}:{FIRST_PORT}")
