@@ -78,7 +78,7 @@ class FastPath:
         self._hops = maps.hops.data.cast("B")
         self._written: dict[int, bytes] = {}
         self._inherited: dict[int, OpenEgress] = {}  # hops that a control before us wrote
-        self._ranges = {bytes(key) for key in maps.ranges.keys()}  # noqa  # a control before us may have left some
+        self._ranges = {bytes(key) for key in maps.ranges.all_keys()}  # a control before us may have left some
 
     # ---- hops --------------------------------------------------------------------------------
 

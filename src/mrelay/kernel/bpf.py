@@ -131,7 +131,7 @@ class Map:
         first, second = (bytes(memoryview(room)[: found * size]) for room, size in sizes)
         return first, second
 
-    def keys(self) -> Iterator[bytes]:
+    def all_keys(self) -> Iterator[bytes]:
         """All keys. Elements that are removed meanwhile may start the walk anew: a key may come twice."""
         self._next.key = 0
         key: bytes | None = None
