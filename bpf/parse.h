@@ -8,7 +8,13 @@
 
 #define ANY_FRAGMENT 0x3fff /* of iphdr.frag_off: more fragments, or an offset */
 #define PLAIN4 0x45         /* first byte of an IPv4 header without options */
-#define TAGGED 0x6d76       /* skb->tc_index of a frame that had a VLAN tag when `relay` passed it on */
+
+/* What the rings' filters can't see, `relay` writes into skb->tc_index of frames that it passes on. */
+#define TAGGED 0x6d71   /* it had a VLAN tag, which the kernel takes off in between */
+#define FRAGMENT 0x6d72 /* of an IPv4 datagram; what the kernel puts together keeps the mark */
+#define COUNTED 0x6d73  /* in `left` of its flow */
+#define IS_OURS(mark) (((mark) & 0xfff0) == 0x6d70)
+
 #define PLAIN6 0x60         /* first byte of an IPv6 header, traffic class left out */
 
 struct head4 {

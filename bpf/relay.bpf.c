@@ -13,19 +13,30 @@ const volatile __u32 short_bytes = 0; /* as in ring.bpf.c; set by the loader */
 
 /* ---- passing on ---- */
 
-/* The kernel takes the tag off before the slow path's rings see the frame, so that it looked untagged: mark it. */
-ALWAYS_INLINE void mark_tagged(struct __sk_buff *skb)
+ALWAYS_INLINE _Bool is_fragment4(const struct __sk_buff *skb)
 {
-    volatile __u32 *mark = &skb->tc_index; /* volatile, or clang computes an address that the verifier refuses */
-    if (vlan_of(skb))
-        *mark = TAGGED;
-    else if (*mark == TAGGED)
-        *mark = 0;
+    __be16 fragment;
+    return skb->protocol == htons(ETH_P_IP) &&
+           !bpf_skb_load_bytes_relative(skb, offsetof(struct iphdr, frag_off), &fragment, sizeof(fragment),
+                                        BPF_HDR_START_NET) &&
+           fragment & htons(ANY_FRAGMENT);
 }
 
-ALWAYS_INLINE int pass(struct __sk_buff *skb, __u32 reason)
+ALWAYS_INLINE void set_mark(struct __sk_buff *skb, __u32 mark)
 {
-    mark_tagged(skb);
+    __u32 old = skb->tc_index;
+    if (!mark && !IS_OURS(old)) /* ours: of a relay before this one, on this host */
+        return;
+    /* By hand: clang computes an address first, which the verifier refuses. */
+    asm volatile("*(u32 *)(%0 + %1) = %2"
+                 :
+                 : "r"(skb), "i"(offsetof(struct __sk_buff, tc_index)), "r"(mark)
+                 : "memory");
+}
+
+ALWAYS_INLINE int pass(struct __sk_buff *skb, __u32 reason, __u32 mark)
+{
+    set_mark(skb, vlan_of(skb) ? TAGGED : mark);
     __u32 index = bpf_get_smp_processor_id() * PASSED_REASONS + reason;
     __u64 *count = bpf_map_lookup_elem(&passed, &index);
     if (count)
@@ -143,7 +154,7 @@ ALWAYS_INLINE int carry(struct frame *frame, struct flow *flow, struct bpf_sock_
     note_stamp(frame->skb, flow);
     if (reason != CARRIED) {
         __sync_fetch_and_add(&flow->left, 1);
-        return pass(frame->skb, reason);
+        return pass(frame->skb, reason, COUNTED);
     }
     count_carried(frame, flow);
     if (frame->skb->vlan_present)
@@ -159,10 +170,10 @@ ALWAYS_INLINE int relay4(struct __sk_buff *skb)
     struct flow4_key key;
     struct bpf_sock_tuple tuple;
     if (!read_frame4(&frame, &key))
-        return pass(skb, PASSED_SHAPE);
+        return pass(skb, PASSED_SHAPE, is_fragment4(skb) ? FRAGMENT : 0);
     struct flow *flow = bpf_map_lookup_elem(&flows4, &key);
     if (!flow)
-        return pass(skb, PASSED_NO_FLOW);
+        return pass(skb, PASSED_NO_FLOW, 0);
     set_tuple4(&tuple, &key, &frame);
     return carry(&frame, flow, &tuple, sizeof(tuple.ipv4));
 }
@@ -173,10 +184,10 @@ ALWAYS_INLINE int relay6(struct __sk_buff *skb)
     struct flow6_key key;
     struct bpf_sock_tuple tuple;
     if (!read_frame6(&frame, &key))
-        return pass(skb, PASSED_SHAPE);
+        return pass(skb, PASSED_SHAPE, is_fragment4(skb) ? FRAGMENT : 0);
     struct flow *flow = bpf_map_lookup_elem(&flows6, &key);
     if (!flow)
-        return pass(skb, PASSED_NO_FLOW);
+        return pass(skb, PASSED_NO_FLOW, 0);
     set_tuple6(&tuple, &key, &frame);
     return carry(&frame, flow, &tuple, sizeof(tuple.ipv6));
 }

@@ -48,13 +48,14 @@ ALWAYS_INLINE struct flow *flow_of6(const struct __sk_buff *skb)
 }
 
 /* TAIL_UNKNOWN stays: `relay` replaces it by what `accepted` then is, which counts this frame. */
-ALWAYS_INLINE void enter(struct flow *flow, __u64 number)
+ALWAYS_INLINE void enter(struct flow *flow, __u64 number, _Bool counted)
 {
     if (!flow)
         return;
     if (READ_ONCE(flow->tail) != TAIL_UNKNOWN)
         flow->tail = number;
-    __sync_fetch_and_add(&flow->entered, 1);
+    if (counted)
+        __sync_fetch_and_add(&flow->entered, 1);
 }
 
 ALWAYS_INLINE __u32 let_in(const struct __sk_buff *skb, _Bool is_long)
@@ -67,7 +68,7 @@ ALWAYS_INLINE __u32 let_in(const struct __sk_buff *skb, _Bool is_long)
     if (is_long)
         __sync_fetch_and_add(&slow->accepted_long, 1);
     __u64 number = __sync_fetch_and_add(&slow->accepted, 1) + 1;
-    enter(six ? flow_of6(skb) : flow_of4(skb), number);
+    enter(six ? flow_of6(skb) : flow_of4(skb), number, skb->tc_index == COUNTED);
     return WHOLE;
 }
 
@@ -76,14 +77,17 @@ ALWAYS_INLINE _Bool is_untagged_ip(const struct __sk_buff *skb)
     return (skb->protocol == htons(ETH_P_IP) || skb->protocol == htons(ETH_P_IPV6)) && skb->tc_index != TAGGED;
 }
 
+/* Fragments are put together before the other filter; one defragmenter must not get each twice. */
 SEC("socket") int ring_short(struct __sk_buff *skb)
 {
-    return is_untagged_ip(skb) && skb->len <= short_bytes ? let_in(skb, 0) : 0;
+    _Bool is_mine = skb->len <= short_bytes && skb->tc_index != FRAGMENT;
+    return is_untagged_ip(skb) && is_mine ? let_in(skb, 0) : 0;
 }
 
 SEC("socket") int ring_long(struct __sk_buff *skb)
 {
-    return is_untagged_ip(skb) && skb->len > short_bytes ? let_in(skb, 1) : 0;
+    _Bool is_mine = skb->len > short_bytes || skb->tc_index == FRAGMENT;
+    return is_untagged_ip(skb) && is_mine ? let_in(skb, 1) : 0;
 }
 
 char _license[] SEC("license") = "Apache-2.0";

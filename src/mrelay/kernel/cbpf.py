@@ -19,6 +19,7 @@ BPF_LD: Final = 0x00
 BPF_JMP: Final = 0x05
 BPF_RET: Final = 0x06
 BPF_W: Final = 0x00
+BPF_H: Final = 0x08
 BPF_ABS: Final = 0x20
 BPF_LEN: Final = 0x80
 BPF_JA: Final = 0x00
@@ -36,6 +37,8 @@ SO_ATTACH_FILTER: Final = 26  # asm-generic/socket.h
 
 ETH_P_IP: Final = 0x0800  # linux/if_ether.h
 ETH_P_IPV6: Final = 0x86DD
+IPV4_FRAGMENT: Final = 6  # RFC 791 §3.1: flags and offset
+ANY_FRAGMENT: Final = 0x3FFF  # more fragments, or an offset
 IPV4_DESTINATION: Final = 16  # RFC 791 §3.1, offset in the header
 IPV6_DESTINATION: Final = 24  # RFC 8200 §3
 
@@ -93,6 +96,17 @@ def only_longer(length: int, *, longer: bool) -> list[Insn]:
     """The start of a filter that drops frames of up to `length` bytes, or (not `longer`) all others."""
     compare = Insn(BPF_JMP | BPF_JGT | BPF_K, int(longer), int(not longer), length)
     return [Insn(BPF_LD | BPF_W | BPF_LEN, 0, 0, 0), compare, ret(DROP)]
+
+
+def no_fragments(net: int = SKF_NET_OFF) -> list[Insn]:
+    """The start of a filter that drops fragments in IPv4; `net` as for `group_filter`."""
+    return [
+        load(SKF_AD_OFF + SKF_AD_PROTOCOL),
+        Insn(BPF_JMP | BPF_JEQ | BPF_K, 0, 3, ETH_P_IP),
+        Insn(BPF_LD | BPF_H | BPF_ABS, 0, 0, (net + IPV4_FRAGMENT) & 0xFFFFFFFF),
+        Insn(BPF_JMP | BPF_JSET | BPF_K, 0, 1, ANY_FRAGMENT),
+        ret(DROP),
+    ]
 
 
 def attach_group_filter(

@@ -70,9 +70,9 @@ def open_ring(
 
     ETH_P_ALL gets frames before tc does, ETH_P_IP and ETH_P_IPV6 what tc passed on. `program`: an eBPF filter's
     descriptor; with none it lets nothing in until its owner attaches a filter. `fanout` is the id of the ring's
-    PACKET_FANOUT group, None to found one; the id is returned. The group is what makes the kernel put fragments
-    together; `shared` between workers it spreads flows by hash, which costs a look into each packet. OSError as
-    the kernel says it.
+    PACKET_FANOUT group, None to found one; the id is returned. The group of long slots is what makes the kernel
+    put fragments together: two would give its one defragmenter each fragment twice. `shared` between workers it
+    spreads flows by hash, which costs a look into each packet. OSError as the kernel says it.
     """
     sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
     try:
@@ -91,14 +91,14 @@ def open_ring(
         request = struct.pack("=IIII", block, slots * slot // block, slot, slots)  # struct tpacket_req
         sock.setsockopt(SOL_PACKET, PACKET_RX_RING, request)
         sock.bind((socket.if_indextoname(ifindex), protocol))
-        return sock, _join_fanout(sock, fanout, PACKET_FANOUT_HASH if shared else PACKET_FANOUT_CPU)
+        kind = PACKET_FANOUT_HASH if shared else PACKET_FANOUT_CPU
+        return sock, _join_fanout(sock, fanout, kind | (PACKET_FANOUT_FLAG_DEFRAG if slot != SLOT else 0))
     except BaseException:
         sock.close()
         raise
 
 
-def _join_fanout(sock: socket.socket, fanout: int | None, kind: int) -> int:
-    flags = kind | PACKET_FANOUT_FLAG_DEFRAG
+def _join_fanout(sock: socket.socket, fanout: int | None, flags: int) -> int:
     if fanout is None:
         flags |= PACKET_FANOUT_FLAG_UNIQUEID
     sock.setsockopt(SOL_PACKET, PACKET_FANOUT, ((fanout or 0) | flags << 16).to_bytes(4, "little"))

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mrelay.kernel.cbpf import SKF_NET_OFF, attach_group_filter, only_longer
+from mrelay.kernel.cbpf import SKF_NET_OFF, attach_group_filter, no_fragments, only_longer
 from mrelay.kernel.packet import (
     L3_OFFSET,
     LONG_SLOT,
@@ -152,6 +152,8 @@ class Ingress:
         if (v4, v6) != self._ranges:
             for ring in self.rings:
                 start = only_longer(SHORT, longer=ring is self.long)
+                if ring is self.short:  # fragments are put together for the other ring
+                    start += no_fragments(self._network_offset)
                 attach_group_filter(ring.sock, v4, v6, self._network_offset, start)
             self._ranges = v4, v6
 
