@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pytest
 
 from conftest import effective_capabilities
@@ -21,8 +22,10 @@ from netns.relay import Relay
 
 CAP_PERFMON, CAP_BPF = 38, 39  # linux/capability.h
 _PIDFD_GETFD: Final = 438  # asm-generic/unistd.h; the same on every machine
+_FLOW: Final = np.dtype(layout.FLOW).itemsize
 _KINDS: Final = {  # map type (linux/bpf.h), key and value bytes: no two of the relay's maps share them
-    (1, 16, 32): "flows4", (1, 40, 32): "flows6", (2, 4, 4): "route", (2, 4, 64): "outputs", (2, 4, 48): "hops",
+    (1, 16, _FLOW): "flows4", (1, 40, _FLOW): "flows6", (2, 4, 4): "route", (2, 4, 64): "outputs",
+    (2, 4, 48): "hops",
     (2, 4, 16): "counts", (2, 4, 8): "passed", (2, 4, 128): "progress", (11, 28, 4): "ranges",
 }  # fmt: skip
 _libc = ctypes.CDLL(None, use_errno=True)

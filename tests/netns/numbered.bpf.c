@@ -12,7 +12,6 @@
 #define MAX_LATE 1000000 /* ns that are made up for by sending faster */
 #define MAX_SEGMENTS 128
 
-static __u64 (*const bpf_ktime_get_ns)(void) = (void *)BPF_FUNC_ktime_get_ns;
 static long (*const bpf_skb_load_bytes)(const void *skb, __u32 offset, void *to, __u32 len) =
     (void *)BPF_FUNC_skb_load_bytes;
 

@@ -70,7 +70,7 @@ class FastPath:
         """`reached` is looked at anew each time. `pinned`: the fast path outlives the relay."""
         self.pinned = pinned
         self._maps, self._links, self._reached = maps, links, reached
-        self._egresses: dict[int, OpenEgress] = {}
+        self._egresses: dict[int, OpenEgress] | None = None  # until the first `follow`, what is there stays
         self._ingresses: frozenset[int] = frozenset()
         self._changed, self._writing = asyncio.Event(), asyncio.Lock()
         self._targets: frozenset[int] = frozenset()  # interfaces that take frames from XDP
@@ -123,6 +123,8 @@ class FastPath:
     async def _catch_up(self) -> None:
         async with self._writing:
             self._changed.clear()
+            if self._egresses is None:
+                return
             wanted = {number: self._record(egress) for number, egress in self._egresses.items()}
             wanted |= dict.fromkeys(self._written.keys() - wanted.keys() - self._left, _UNREADY)
             changed = {n: record for n, record in wanted.items() if record != self._written.get(n, _UNREADY)}
