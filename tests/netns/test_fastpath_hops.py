@@ -195,7 +195,7 @@ def test_the_ingress_interface_is_made_anew(lab: Lab) -> None:
 
 
 def test_a_number_that_another_interface_has_now(lab: Lab) -> None:
-    """out1 goes, and its index comes back as another link: nothing of the flow leaves by that one."""
+    """out1 goes, and its index comes back as another link: once that is known, nothing leaves by it."""
     star = lab.star(outputs=2)
     other = lab.namespace("other")
     config = rule("a", f"in0:{GROUP}:5000", f"out0:{OUT}:6000", f"out1:{OUT}:6000")
@@ -203,6 +203,7 @@ def test_a_number_that_another_interface_has_now(lab: Lab) -> None:
     with Capture(star.sink, "k0") as calm, carrying(star, config) as (relay, sender):
         star.relay.ip("link del out1")
         stranger(star, other, index)
+        eventually(lambda: "out1" in relay.rules()["a"]["outputs"][1]["state"], "out1 is missed")
         with Capture(other, "x0") as wire:
             delivers(sender, calm)
             relay.await_received(relay.stats()["received"])
