@@ -1,0 +1,1 @@
+"""Wire codecs and state machines: they take (event, now), return what it means, and do no I/O."""
