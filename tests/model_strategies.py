@@ -100,6 +100,8 @@ def configs(draw: st.DrawFn) -> Config:
         "workers": st.just("auto") | st.integers(1, 64) | cores,
         "gro": st.just("auto") | st.booleans(),
         "socket_mode": st.sampled_from(["0600", "0666", "640"]),
+        "listen": st.sampled_from(["127.0.0.1:8080", "[::1]:65535", "0.0.0.0:1024"]),
+        "listen_names": st.lists(st.sampled_from(["relay.example.org", "a-b", "x_1"]), max_size=2).map(tuple),
         "socket_group": st.sampled_from(["adm", "video_ops", "ops-1"]),
         "flow_limit": st.integers(1, 1 << 20),
         "ring_slots": st.integers(8, 16).map(lambda bits: 1 << bits),

@@ -127,6 +127,18 @@ class Listen:
 
 
 @dataclass(frozen=True, slots=True)
+class ListenTcp:
+    """Control to supervisor: a TCP socket that listens here. Answered by ListeningTcp or Failed.
+
+    One for the relay's life, and first asked for before Listen: who has read a client's request can't have it.
+    """
+
+    id: int
+    address: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
 class StartWorkers:
     """Control to supervisor: one worker on each of these cores, with tables of these sizes.
 
@@ -193,6 +205,13 @@ class Listening:
     id: int
     uid: int
     gid: int
+
+
+@dataclass(frozen=True, slots=True)
+class ListeningTcp:
+    """Supervisor to control: ListenTcp `id` is carried out; the descriptor comes along."""
+
+    id: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,8 +433,8 @@ class Synced:
 
 Message = (
     Status | LogLevel
-    | Grant | Release | Listen | StartWorkers | ProbeNeighbour | Quit | Ready | Done | Listening | Failed | Setup
-    | Held
+    | Grant | Release | Listen | ListenTcp | StartWorkers | ProbeNeighbour | Quit | Ready
+    | Done | Listening | ListeningTcp | Failed | Setup | Held
     | WorkerUp | FastPath | XdpTargets | WorkerDown | Reload | WorkerSetup | Granted | Revoked | Stop | PutRule
     | DropRule | Commit | Committed | Sync | Synced
 )  # fmt: skip

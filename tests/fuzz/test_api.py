@@ -24,9 +24,9 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from fake_roles import until
-from mrelay.control import api
+from mrelay.control import server
 from mrelay.control.api import create_app
-from mrelay.control.peers import Access, Peer
+from mrelay.control.peers import Peer
 from mrelay.control.relay import Relay
 from mrelay.messages import Stop
 from unit.test_control_main import Scene
@@ -74,7 +74,7 @@ class Control(threading.Thread):
 def control(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Control]:
     with pytest.MonkeyPatch.context() as patch:
         # A TCP connection has no peer's credentials; these are of one who may do everything.
-        patch.setattr(api, "peer_of", lambda _: Peer(1, 0, frozenset({0})))
+        patch.setattr(server, "peer_of", lambda _: Peer(1, 0, frozenset({0})))
         made = Control(tmp_path_factory.mktemp("api"))
         made.start()
         assert made.ready.wait(20)
@@ -82,7 +82,7 @@ def control(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Control]:
         made.stop()
 
 
-application = create_app(cast(Relay, None), Access(0, 0))  # its document asks no relay
+application = create_app(cast(Relay, None))  # its document asks no relay
 # A request to stop is for a relay that can be spared (tests/netns).
 schema = schemathesis.openapi.from_dict(application.openapi()).exclude(path="/v1/stop")
 

@@ -30,6 +30,8 @@ from mrelay.messages import (
     JoinGroup,
     Listen,
     Listening,
+    ListeningTcp,
+    ListenTcp,
     Message,
     OpenEgress,
     OpenIngress,
@@ -146,7 +148,7 @@ def ask(channel: Channel, request: Any) -> str:
             os.close(fd)
         if isinstance(message, Failed):
             return f"refused: {message.problem}"
-        if isinstance(message, Done | Listening):
+        if isinstance(message, Done | Listening | ListeningTcp):
             return "granted"
 
 
@@ -205,15 +207,20 @@ OTHERS: Final[dict[str, Message]] = {
     "socket group another": Listen(905, 0o660, "shadow"),
     "socket group with NUL": Listen(906, 0o660, "adm\0"),
     "socket group surrogate": Listen(907, 0o660, "\ud800"),
+    "a TCP listener": ListenTcp(911, "127.0.0.1", 8080),
+    "a TCP listener for everyone": ListenTcp(912, "0.0.0.0", 8080),
+    "a TCP listener at a port of the host's": ListenTcp(913, "127.0.0.1", 80),
+    "a TCP listener at a name": ListenTcp(914, "localhost", 8080),
+    "a TCP listener at surrogates": ListenTcp(915, "\ud800", BIG),
     "workers more": StartWorkers(908, (0, 1, 2, 3, 4, 5), 64),
     "workers on a huge core": StartWorkers(909, (BIG,), 64),
     "workers with more flows": StartWorkers(910, (0,), BIG),
 }
 
 
-def anything(chance: random.Random) -> Grant | Listen | StartWorkers:
+def anything(chance: random.Random) -> Grant | Listen | ListenTcp | StartWorkers:
     """A well-formed request of ill-formed parts. Nothing is released: the relay goes on."""
-    whats: list[Callable[[], Grant | Listen | StartWorkers]] = [
+    whats: list[Callable[[], Grant | Listen | ListenTcp | StartWorkers]] = [
         lambda: Grant(1, OpenIngress(_number(chance), _number(chance), _number(chance))),
         lambda: Grant(1, JoinGroup(_number(chance), _text(chance), chance.choice([None, _text(chance)]))),
         lambda: Grant(1, HoldUnicast(_text(chance), _number(chance))),
@@ -221,6 +228,7 @@ def anything(chance: random.Random) -> Grant | Listen | StartWorkers:
         lambda: Grant(1, SetGro(_number(chance))),
         lambda: Grant(1, AttachXdp(_number(chance))),
         lambda: Listen(1, _number(chance), _text(chance)),
+        lambda: ListenTcp(1, _text(chance), _number(chance)),
         lambda: StartWorkers(1, (_number(chance), _number(chance)), _number(chance)),
     ]
     return chance.choice(whats)()

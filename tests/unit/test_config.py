@@ -103,6 +103,20 @@ def test_an_empty_file_is_all_defaults() -> None:
         ('socket_mode = "rw"', "socket_mode", "'rw'", '"0660"'),
         ("socket_mode = 0o660", "socket_mode", "432", '"0660"'),
         ('socket_group = "a b"', "socket_group", "'a b'", "getent"),
+        *(
+            (f'listen = "{text}"', "listen", f"'{text}'", "127.0.0.1:8080")
+            for text in ("8080", "eth0:8080", "::1:80")
+        ),
+        *(
+            (f'listen = "{text}"', "listen", f"'{text}'", "[::1]:8080")
+            for text in ("[10.0.0.1]:8080", "999.0.0.1:1")
+        ),
+        ('listen = "239.1.1.1:8080"', "listen", "'239.1.1.1:8080'", "127.0.0.1:8080"),
+        ("listen = 8080", "listen", "8080", "127.0.0.1:8080"),
+        ('listen = "127.0.0.1:80"', "listen", "port 80", "proxy"),
+        ('listen = "127.0.0.1:65536"', "listen", "port 65536", "proxy"),
+        ('listen_names = "relay"', "listen_names", "'relay'", '["relay.example.org"]'),
+        ('listen_names = ["http://relay"]', "listen_names", "'http://relay'", '["relay.example.org"]'),
         ("flow_limit = 0", "flow_limit", "0", "65536"),
         ("ring_slots = 1000", "ring_slots", "power of two", "512 or 1024"),
         ("ring_slots = 128", "ring_slots", "128", "8192"),

@@ -15,20 +15,23 @@ from typing import Any
 from mrelay import logs
 from mrelay.child import confine, settle
 from mrelay.control import preload  # noqa: F401  for its effect
-from mrelay.control.api import Server, create_app
+from mrelay.control.api import create_app
 from mrelay.control.fastpath import FastPath
+from mrelay.control.guard import Guard
 from mrelay.control.links import LinkTable, LinkWatcher
-from mrelay.control.peers import Access
+from mrelay.control.peers import Access, UnixDoor
 from mrelay.control.proc import start_time
 from mrelay.control.reconcile import Reconciler
 from mrelay.control.relay import Host, Relay
 from mrelay.control.routes import NextHops
 from mrelay.control.rulebook import Rulebook, merge
 from mrelay.control.sampler import Sampler
+from mrelay.control.server import Server, UnixProtocol
 from mrelay.control.settings import choose_cores, idle_xdp, override
 from mrelay.control.state import State, StateFile
 from mrelay.control.stats import Stats
 from mrelay.control.supervisor import Event, RequestFailed, Supervisor
+from mrelay.control.tcp import TcpListener
 from mrelay.control.want import UP, Settings
 from mrelay.control.workers import Workers
 from mrelay.ebpf.carry import CHOSEN
@@ -71,6 +74,7 @@ class Control:
         self._targets: frozenset[int] = frozenset()
         self._relay: Relay | None = None
         self._server: Server | None = None
+        self._tcp: TcpListener | None = None
         self.workers = Workers(self._on_worker_up, self._on_end)
         self.supervisor = Supervisor(sock, self._on_event, self._on_end)
 
@@ -146,8 +150,8 @@ class Control:
         """Bring up, serve, and return the exit status."""
         self._spawn(self._bring_up())
         status = await self._ended
-        if self._server and status == 0:
-            await self._server.stop()
+        if status == 0:
+            await asyncio.gather(*(server.stop() for server in (self._server, self._tcp) if server))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -193,7 +197,7 @@ class Control:
         why_not = self._no_fast_path if fast is None else ""
         self._relay = Relay(book, self._reconciler, self.workers, stats, host, self.supervisor, why_not)
         await self._reconciler.settled()
-        await self._serve_api(self._relay, int(relay.socket_mode, 8), relay.socket_group)
+        await self._serve_api(self._relay, relay, fds[0], setup.state_dir)
         self._relay.ready = True
         self._reconciler.after_pass = self._tell_status
         self._said = self._status()
@@ -266,10 +270,16 @@ class Control:
         except TimeoutError:
             log.error("only %d of %d workers came up; going on", len(self.workers.live()), count)
 
-    async def _serve_api(self, relay: Relay, mode: int, group: str | None) -> None:
-        listening, fd = await self.supervisor.listen(mode & 0o666, group)  # nobody executes a socket
-        app = create_app(relay, Access(listening.uid, listening.gid))
-        self._server = Server(app, socket.socket(fileno=fd))
+    async def _serve_api(self, relay: Relay, settings: RelaySettings, directory: int, state_dir: str) -> None:
+        app = create_app(relay)
+        if settings.listen is not None:
+            self._tcp = TcpListener(settings, self.supervisor, directory, state_dir)
+            await self._tcp.open()
+            self._spawn(self._tcp.run(app))
+        mode = int(settings.socket_mode, 8) & 0o666  # nobody executes a socket
+        listening, fd = await self.supervisor.listen(mode, settings.socket_group)
+        door = UnixDoor(Access(listening.uid, listening.gid))
+        self._server = Server(Guard(app, door, settings.listen_names), socket.socket(fileno=fd), UnixProtocol)
         self._spawn(self._server.run_here())
 
     def _status(self) -> str:
@@ -283,6 +293,8 @@ class Control:
 
     async def _reload(self, event: Reload, fds: list[int]) -> None:
         await self._read_again(event, fds)
+        if self._tcp is not None:
+            await self._tcp.read_tokens()
         if self._relay is not None and self._relay.ready:
             self.supervisor.ready(self._status())
 

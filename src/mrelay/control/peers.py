@@ -1,16 +1,25 @@
-"""Who is at the other end of an API connection, and whether they may change anything.
+"""Who is at the other end of a connection to the API's Unix socket, and whether they may change anything.
 
-Owns that rule. Called by api for each connection and each request. Nothing here blocks, and no user database is
-read: the kernel says who connected, with which groups, as of then.
+Owns that rule. Called by server for each connection and by guard for each request. Nothing here blocks, and no
+user database is read: the kernel says who connected, with which groups, as of then.
 """
 
+import logging
 import socket
 import struct
 from typing import Final, NamedTuple, Protocol
 
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import Scope
+
+from mrelay.control.answers import error
+from mrelay.control.guard import LOOKING
+
+log = logging.getLogger(__name__)
+
 SO_PEERGROUPS: Final = 59  # asm-generic/socket.h
 _MOST_GROUPS: Final = 256  # that Python's getsockopt has room for
-LOOKING: Final = frozenset({"GET", "HEAD"})  # the methods that change nothing
 
 
 class HasOptions(Protocol):
@@ -40,6 +49,28 @@ class Access(NamedTuple):
     def may_change(self, peer: Peer) -> bool:
         """Root, the socket's owner (the supervisor's user) and the members of its group; all others may look."""
         return peer.uid in (0, self.owner) or self.group in peer.groups
+
+
+class UnixDoor:
+    """Lets everyone look who could connect, and those change things who have `access`."""
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+
+    def refusal(self, scope: Scope, _: Headers) -> Response | None:
+        """As guard.Door has it."""
+        peer: Peer = scope["state"]["peer"]
+        scope["state"]["problem"] = problem = self._problem(peer)
+        if problem is None or scope["method"] in LOOKING:
+            return None
+        log.warning("refused to %s: %s %.200r", peer, scope["method"], scope["path"])
+        return error(403, "", "", *problem)
+
+    def _problem(self, peer: Peer) -> tuple[str, str] | None:
+        if self._access.may_change(peer):
+            return None
+        remedy = f"try again as root, or as a member of group {self._access.group}"
+        return f"uid {peer.uid} may look, but not change anything", remedy
 
 
 def peer_of(sock: HasOptions) -> Peer:

@@ -151,7 +151,7 @@ def encode(state: State) -> bytes:
         "rules": [rule.to_table() for rule in state.rules],
         "file_rules": [rule.to_table() for rule in state.file_rules],
         "slots": state.slots.to_table(),
-        "relay": state.relay.model_dump(mode="json"),
+        "relay": state.relay.model_dump(),
     }
     return json.dumps(table, indent=1).encode() + b"\n"
 

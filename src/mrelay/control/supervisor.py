@@ -20,6 +20,8 @@ from mrelay.messages import (
     Held,
     Listen,
     Listening,
+    ListeningTcp,
+    ListenTcp,
     LogLevel,
     Message,
     ProbeNeighbour,
@@ -39,8 +41,8 @@ from mrelay.messages import (
 
 EVENTS = (Setup, Held, WorkerUp, WorkerDown, FastPath, XdpTargets, Reload, Stop)
 Event = Setup | Held | WorkerUp | WorkerDown | FastPath | XdpTargets | Reload | Stop
-Request = Grant | Release | Listen | StartWorkers
-Answer = tuple[Done | Listening, list[int]]
+Request = Grant | Release | Listen | ListenTcp | StartWorkers
+Answer = tuple[Done | Listening | ListeningTcp, list[int]]
 
 
 class RequestFailed(Exception):
@@ -81,6 +83,13 @@ class Supervisor:
             raise RequestFailed(0, f"the supervisor sent {len(fds)} descriptors for the API socket", "")
         return answer, fds[0]
 
+    async def listen_tcp(self, address: str, port: int) -> int:
+        """A socket that listens there, first asked for before `listen`: its descriptor; raises RequestFailed."""
+        answer, fds = await self._request(ListenTcp(next(self._ids), address, port))
+        if not isinstance(answer, ListeningTcp) or len(fds) != 1:
+            raise RequestFailed(0, f"the supervisor sent {len(fds)} descriptors for the TCP socket", "")
+        return fds[0]
+
     async def start_workers(self, cores: tuple[int, ...], flow_limit: int, *, fast: bool) -> None:
         """Have one worker started on each core; those that run already go on. `fast`: after the event FastPath."""
         await self._request(StartWorkers(next(self._ids), cores, flow_limit, fast))
@@ -115,14 +124,14 @@ class Supervisor:
             del self._waiting[message.id]
 
     def _receive(self, message: Message, fds: list[int]) -> None:
-        if isinstance(message, Done | Listening | Failed):
+        if isinstance(message, Done | Listening | ListeningTcp | Failed):
             self._answer(message, fds)
         elif isinstance(message, EVENTS):
             self._on_event(message, fds)
         else:
             raise BadMessage(f"the supervisor sent {type(message).__name__}")
 
-    def _answer(self, answer: Done | Listening | Failed, fds: list[int]) -> None:
+    def _answer(self, answer: Done | Listening | ListeningTcp | Failed, fds: list[int]) -> None:
         future = self._waiting.get(answer.id)
         if future is None or future.done():  # whoever asked was cancelled
             for fd in fds:

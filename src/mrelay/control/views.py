@@ -21,6 +21,14 @@ class Health(BaseModel):
     landlock: int
 
 
+class Access(BaseModel):
+    """Whether this client may change rules; if not, why, and what to do about it."""
+
+    change: bool
+    problem: str
+    remedy: str
+
+
 class OutputState(BaseModel):
     """`state` as in Rule."""
 

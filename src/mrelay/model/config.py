@@ -7,6 +7,7 @@ Called by the control role and the CLI, which read and write the file itself. No
 import re
 import tomllib
 from collections.abc import Sequence
+from ipaddress import ip_address
 from typing import Annotated, Any, ClassVar, Literal
 
 import tomlkit
@@ -19,9 +20,20 @@ from mrelay.model.endpoint import interface_name, whole
 from mrelay.model.issue import ConfigError, Issue, Table, fault, issues_of, show
 from mrelay.model.rule import NAME, Rule, check_loops, check_names
 
-__all__ = ["Config", "ConfigError", "Issue", "RelaySettings", "load_config", "parse_rules", "save_rules"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "Issue",
+    "RelaySettings",
+    "load_config",
+    "parse_rules",
+    "save_rules",
+    "split_listen",
+]
 
 Trivia = list[tuple[Key | None, Item]]  # comments and blank lines, as tomlkit holds them
+
+MIN_TCP_PORT = 1024  # supervisor/tcp.py refuses those below
 
 _cores = whole(0, 1023, "a core's number such as 2; `nproc` says how many there are")
 _count = whole(1, 1024, 'a number such as 2, or "auto", or cores such as [0, 2]')
@@ -91,6 +103,40 @@ def _ring_slots(value: object) -> int:
     return slots
 
 
+def _listen(value: object) -> str | None:
+    """Address and port, in one spelling."""
+    if value is None:
+        return None
+    remedy = 'write an address and a port: listen = "127.0.0.1:8080" or "[::1]:8080"'
+    found = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[0-9.]+):([0-9]{1,5})", value) if isinstance(value, str) else None
+    try:
+        address = ip_address(found[1].strip("[]")) if found else None
+    except ValueError:
+        address = None
+    if found is None or address is None or address.is_multicast or (address.version == 6) != ("[" in found[1]):
+        raise fault(f"{show(value)} is no address with a port", remedy)
+    port = int(found[2])
+    if not MIN_TCP_PORT <= port <= 65535:
+        raise fault(f"port {port} is not from {MIN_TCP_PORT} to 65535", "take another; a proxy may have port 443")
+    return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
+
+
+def split_listen(text: str) -> tuple[str, int]:
+    """Address and port of the setting `listen`."""
+    address, _, port = text.rpartition(":")
+    return address.strip("[]"), int(port)
+
+
+def _listen_names(value: object) -> tuple[str, ...]:
+    remedy = 'list the names in the address bar: listen_names = ["relay.example.org"]'
+    if not isinstance(value, list | tuple):
+        raise fault(f"{show(value)} is no list of names", remedy)
+    for name in value:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,253}", name):
+            raise fault(f"{show(name)} is no host's name", remedy)
+    return tuple(name.lower() for name in value)
+
+
 class RelaySettings(Table):
     """The [relay] table: how the relay runs, not what it forwards.
 
@@ -106,6 +152,8 @@ class RelaySettings(Table):
     xdp: Annotated[bool | tuple[str, ...], PlainValidator(_xdp)] = False
     socket_mode: Annotated[str, PlainValidator(_socket_mode)] = "0660"
     socket_group: Annotated[str | None, PlainValidator(_socket_group)] = None
+    listen: Annotated[str | None, PlainValidator(_listen)] = None
+    listen_names: Annotated[tuple[str, ...], PlainValidator(_listen_names)] = ()
     flow_limit: Annotated[int, PlainValidator(whole(1, 1 << 20, "a number of flows such as 65536"))] = 65536
     ring_slots: Annotated[int, PlainValidator(_ring_slots)] = 8192
 

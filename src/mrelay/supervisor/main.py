@@ -34,6 +34,8 @@ from mrelay.messages import (
     Held,
     Listen,
     Listening,
+    ListeningTcp,
+    ListenTcp,
     LogLevel,
     Message,
     ProbeNeighbour,
@@ -58,6 +60,7 @@ from mrelay.supervisor.children import OUTDATED, Child, ControlChild, Process, W
 from mrelay.supervisor.host import clear_path, find_group, find_users, listen_at, open_state_dir
 from mrelay.supervisor.resources import Refused, Resources, probe_neighbour
 from mrelay.supervisor.service import Service
+from mrelay.supervisor.tcp import TcpListener
 from mrelay.supervisor.watch import CHECK
 
 log = logging.getLogger("mrelay.supervisor")
@@ -86,6 +89,7 @@ class Supervisor:
         self._resources.adopt()
         self._listener: socket.socket | None = None
         self._listens: tuple[int, str | None] | None = None  # the mode and group that were asked for
+        self._tcp = TcpListener()
         self._workers: list[WorkerChild] = []
         self._control = ControlChild("control", "mrelay.control", *user)
         # Imported, unprivileged and waiting: takes the place of the next worker that ends.
@@ -226,8 +230,8 @@ class Supervisor:
                 self._answer(id, lambda: self._grant(what))
             case Release(id, what):
                 self._answer(id, lambda: self._release(what))
-            case Listen(id, mode, group):
-                self._answer(id, lambda: self._listen(id, mode, group))
+            case Listen() | ListenTcp():
+                self._answer(message.id, lambda: self._serve(message))
             case StartWorkers(id, cores, flow_limit, fast):
                 self._answer(id, lambda: self._start_workers(cores, flow_limit, fast=fast))
             case Quit(keep):
@@ -244,7 +248,7 @@ class Supervisor:
             case _:
                 raise BadMessage(f"{type(message).__name__} is not for the supervisor")
 
-    def _answer(self, id_: int, work: Callable[[], Done | Listening | None]) -> None:
+    def _answer(self, id_: int, work: Callable[[], Done | Listening | ListeningTcp | None]) -> None:
         try:
             answer = work() or Done(id_)
         except Refused as error:
@@ -253,8 +257,8 @@ class Supervisor:
             remedy = str(getattr(error, "remedy", ""))
             self._control.tell(Failed(id_, error.errno or 0, error.strerror or str(error), remedy))
         else:
-            fds = [self._listener.fileno()] if isinstance(answer, Listening) and self._listener else []
-            self._control.tell(answer, fds)
+            sock = {Listening: self._listener, ListeningTcp: self._tcp.sock}.get(type(answer))
+            self._control.tell(answer, [sock.fileno()] if sock else [])
 
     def _grant(self, what: Resource) -> None:
         new = what not in self._resources.held
@@ -288,6 +292,12 @@ class Supervisor:
             for worker in self._workers:
                 worker.tell(Revoked(what))
         self._resources.close(what)
+
+    def _serve(self, message: Listen | ListenTcp) -> Listening | ListeningTcp:
+        if isinstance(message, Listen):
+            return self._listen(message.id, message.mode, message.group)
+        self._tcp.open(message.address, message.port, starting=self._listener is None)
+        return ListeningTcp(message.id)
 
     def _listen(self, id_: int, mode: int, group: str | None) -> Listening:
         if mode & ~0o666:
