@@ -39,6 +39,18 @@ ALWAYS_INLINE _Bool has_listener(void *context, struct bpf_sock_tuple *tuple, __
     return foreign;
 }
 
+/* The same, looked up once a tick (1 to 10 ms) of each flow that nobody listens to. */
+ALWAYS_INLINE _Bool is_heard(void *context, struct flow *flow, struct bpf_sock_tuple *tuple, __u32 size)
+{
+    __u32 tick = bpf_jiffies64();
+    if (flow->unheard == tick)
+        return 0;
+    if (has_listener(context, tuple, size))
+        return 1;
+    flow->unheard = tick;
+    return 0;
+}
+
 /* ---- outputs ---- */
 
 ALWAYS_INLINE struct output *output_at(__u32 place)

@@ -9,7 +9,7 @@
 
 #include <linux/types.h>
 
-/* ---- flows4, flows6: hash, one entry a flow that the fast path may carry (W; `tail`, `waited`, `state`: F, R) ---- */
+/* ---- flows4, flows6: hash, one entry a flow that the fast path may carry (W; `tail`, `waited`, `state`, `unheard`: F, R) ---- */
 
 struct flow4_key {
     __be32 source;
@@ -42,7 +42,7 @@ struct flow {
     __u32 why;     /* X: enum why_not_xdp, of the last frame that XDP passed on */
     __u32 left;    /* F at tc: frames left to the slow path ... */
     __u32 entered; /* R: ... and those that came to its rings: the kernel may hold some of a list in between */
-    __u32 reserved;
+    __u32 unheard; /* F, X: the tick at which no listener was found */
 };
 
 /* ---- route: mmapped array of __u32, indices into `outputs` (W) ---- */

@@ -122,7 +122,7 @@ ALWAYS_INLINE int send_last(const struct frame *frame, __u32 place)
 ALWAYS_INLINE __u32 judge(struct frame *frame, struct flow *flow, struct bpf_sock_tuple *tuple, __u32 size)
 {
     __u32 length = flow->length;
-    if (has_listener(frame->skb, tuple, size))
+    if (is_heard(frame->skb, flow, tuple, size))
         return PASSED_LISTENER;
     frame->start = flow->start;
     frame->reason = PASSED_HOP; /* of a route without outputs */

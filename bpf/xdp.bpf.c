@@ -122,7 +122,7 @@ ALWAYS_INLINE int carry(struct frame *frame, struct flow *flow, struct bpf_sock_
     struct hop *hop = output ? hop_of(output) : 0;
     if (!output || !hop || !(hop->flags & HOP_XDP))
         return pass(frame, flow, XDP_HOP);
-    if (!is_open(flow) || judge_output(frame, output) != CARRIED || has_listener(frame->xdp, tuple, size))
+    if (!is_open(flow) || judge_output(frame, output) != CARRIED || is_heard(frame->xdp, flow, tuple, size))
         return pass(frame, flow, XDP_ORDER);
     return send(frame, flow, output, hop);
 }

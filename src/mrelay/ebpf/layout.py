@@ -34,7 +34,7 @@ FLOW6_KEY: Final[Fields] = [
 FLOW: Final[Fields] = [
     ("tail", "<u8"), ("worker", "<u4"), ("slot", "<u4"), ("start", "<u4"), ("length", "<u4"),
     ("waited", "<u4"), ("state", "<u4"), ("given", "<u8"), ("seen", "<u8"), ("why", "<u4"),
-    ("left", "<u4"), ("entered", "<u4"), ("reserved", "<u4"),
+    ("left", "<u4"), ("entered", "<u4"), ("unheard", "<u4"),
 ]  # fmt: skip
 OUTPUT: Final[Fields] = [
     ("address", "u1", 16), ("source", "u1", 16), ("port", ">u2"), ("source_port", ">u2"), ("hop", "<u4"),
