@@ -282,3 +282,59 @@ def test_a_relay_that_hangs_up(run: Run, tmp_path: Path) -> None:
         thread.join()
     assert status == 1
     assert "hung up without an answer" in err
+
+
+# ---- events --------------------------------------------------------------------------------------
+
+EVENT: dict[str, Any] = {
+    "id": 7,
+    "time": 1_700_000_000.5,
+    "type": "rule_up",
+    "text": "rule 'a' is up",
+    "rule": "a",
+}
+PAGE = {"run": "0a0b0c0d", "last": 7, "missed": 0, "restarted": False, "events": [EVENT]}
+
+
+def message(run: str, event: dict[str, Any], kind: str = "") -> bytes:
+    return f"id: {run}:{event['id']}\nevent: {kind or event['type']}\ndata: {json.dumps(event)}\n\n".encode()
+
+
+def test_events(run: Run, relay: FakeRelay) -> None:
+    relay.answer("GET /v1/events", PAGE)
+    status, out, err = run("events")
+    assert (status, err) == (0, "")
+    assert out.endswith("      7  rule_up          rule 'a' is up\n")
+    assert json.loads(run("events", "--json").out) == PAGE
+
+
+def test_events_that_are_gone_are_said(run: Run, relay: FakeRelay) -> None:
+    relay.answer("GET /v1/events?since=3", {**PAGE, "missed": 3, "restarted": True})
+    _, _, err = run("events", "--since", "3")
+    assert "another one" in err
+    assert "3 events before these are no longer kept" in err
+
+
+def test_follow_goes_on_in_the_next_relay(run: Run, relay: FakeRelay, monkeypatch: pytest.MonkeyPatch) -> None:
+    hello = {key: value for key, value in PAGE.items() if key != "events"} | {"id": 7}
+    event_8, event_1 = EVENT | {"id": 8}, EVENT | {"id": 1, "text": "again"}
+    relay.answer("GET /v1/events", PAGE)
+    relay.answer(
+        "GET /v1/events/stream?since=0a0b0c0d:7",
+        b"retry: 1\n" + message("0a0b0c0d", hello, "hello") + b": keep-alive\n\n" + message("0a0b0c0d", event_8),
+    )
+    new = {**hello, "run": "11111111", "restarted": True}
+    relay.answer(
+        "GET /v1/events/stream?since=0a0b0c0d:8", message("11111111", new, "hello") + message("11111111", event_1)
+    )
+    pauses = iter([None])
+
+    def pause(_: float) -> None:
+        if next(pauses, "end") == "end":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("mrelay.cli.events.time.sleep", pause)
+    status, out, err = run("events", "--follow", "--json")
+    assert status == 130
+    assert [json.loads(line) for line in out.splitlines()] == [EVENT, event_8, event_1]
+    assert "another one" in err

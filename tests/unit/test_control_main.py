@@ -527,3 +527,65 @@ def test_nothing_is_imported_late(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_events_of_rules_and_workers(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with relay(tmp_path, CONFIG_A) as it:
+            await it.api("POST", "/v1/rules", RULE_B)
+            it.fake.channel.send(WorkerDown(0, 1, "signal 9", "", 0.0))
+            await until_events(it, 8)
+            page = (await it.api("GET", "/v1/events")).body
+            assert [(event["type"], event.get("rule")) for event in page["events"]] == [
+                ("control_started", None),
+                ("rule_added", "a"),
+                ("worker_started", None),
+                ("rule_up", "a"),
+                ("rule_added", "b"),
+                ("rule_waiting", "b"),
+                ("output_state", "b"),
+                ("output_state", "b"),
+                ("worker_died", None),
+            ]
+            assert page["events"][5]["reason"] == "waiting: no interface eth9"
+            later = (await it.api("GET", f"/v1/events?since={page['run']}:7")).body
+            assert [event["id"] for event in later["events"]] == [8, 9]
+            wrong = await it.api("GET", "/v1/events?since=yesterday")
+            assert wrong.status == 422
+            assert wrong.body["errors"][0]["problem"] == "'yesterday' is no event's id"
+
+    run(work)
+
+
+async def until_events(it: Scene, count: int) -> None:
+    while (await it.api("GET", "/v1/events")).body["last"] <= count:
+        await asyncio.sleep(0)
+
+
+def test_a_control_that_takes_over_says_so(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with relay(tmp_path, CONFIG_A):
+            pass
+        async with relay(tmp_path, CONFIG_A, restarted=True) as it:
+            events = (await it.api("GET", "/v1/events?since=0a0b0c0d:3")).body
+            assert events["restarted"]
+            assert [event["type"] for event in events["events"]] == ["control_started", "rule_up"]
+            assert events["events"][0]["took_over"]
+
+    run(work)
+
+
+def test_an_event_stream_follows_and_ends_with_the_relay(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with relay(tmp_path, CONFIG_A) as it:
+            reader, writer = await asyncio.open_unix_connection(str(tmp_path / "sock"))
+            writer.write(b"GET /v1/events/stream HTTP/1.1\r\nhost: relay\r\nlast-event-id: 1\r\n\r\n")
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert b"text/event-stream" in head
+            await reader.readuntil(b"event: rule_up\n")
+            await it.api("DELETE", "/v1/rules/a")
+            await reader.readuntil(b"event: rule_removed\n")
+        assert b"event:" not in await asyncio.wait_for(reader.read(), 5)  # at once, or `relay` would have waited
+        writer.close()
+
+    run(work)

@@ -13,6 +13,7 @@ import pytest
 
 from fake_roles import Roles, Said, run, until
 from mrelay.control import reconcile, workers
+from mrelay.control.events import EventLog
 from mrelay.control.links import Link, LinkTable
 from mrelay.control.reconcile import Reconciler
 from mrelay.control.routes import Hop, NextHops
@@ -54,7 +55,8 @@ class Scene(Roles):
         self.links = LinkTable(what for what in held if isinstance(what, OpenEgress))
         self.links.update([ETH0, ETH1])
         file = Mock(spec=StateFile)
-        self.book = Rulebook(State(), file, self.workers.read_rule, self.workers.read_link)
+        events = EventLog()
+        self.book = Rulebook(State(), file, self.workers.read_rule, self.workers.read_link, events)
         self.hops = NextHops(Mock())
         self.reconciler = Reconciler(
             self.supervisor,
@@ -63,6 +65,7 @@ class Scene(Roles):
             self.book,
             self.hops,
             settings=settings,
+            events=events,
             held=held,
         )
 

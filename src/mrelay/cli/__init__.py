@@ -87,6 +87,15 @@ COMMANDS: Final = (
         ("mrelay workers", "mrelay workers --watch --every 5"),
     ),
     Command(
+        "events",
+        "mrelay.cli.events:events",
+        READ,
+        "Show what happened lately: rules, outputs, interfaces, workers, flows, drops, alarms.\n\n"
+        "With --follow, the last ten and then each as it happens; a relay that restarts is waited for, and what "
+        "was missed is said on stderr. 4,096 events are kept; ids start at 1 again with each control process.",
+        ("mrelay events", "mrelay events --follow", "mrelay events --json --since 42"),
+    ),
+    Command(
         "stop",
         "mrelay.cli.stop:stop",
         CHANGE,

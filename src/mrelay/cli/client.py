@@ -9,19 +9,21 @@ import grp
 import http.client
 import json
 import socket
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from mrelay.cli.failure import NOT_PERMITTED, Failure
 
 TIMEOUT: Final = 10.0  # seconds
+SILENCE: Final = 40.0  # seconds without even a comment after which a stream is taken for dead
 
 
 class _UnixConnection(http.client.HTTPConnection):
     """HTTPConnection whose transport is a Unix stream socket."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=TIMEOUT)
+    def __init__(self, path: Path, timeout: float = TIMEOUT) -> None:
+        super().__init__("localhost", timeout=timeout)
         self._path = path
 
     def connect(self) -> None:
@@ -50,6 +52,20 @@ class Client:
         except ValueError as error:
             raise Failure(f"the relay at {self.path} gave an answer that is not JSON: {error}") from error
 
+    def stream(self, target: str) -> Iterator[tuple[str, str, Any]]:
+        """The server-sent events at `target`: id, name, object. Ends with the relay; Failure for all else."""
+        connection = _UnixConnection(self.path, SILENCE)
+        try:
+            connection.request("GET", target)
+            response = connection.getresponse()
+            if response.status >= 400:
+                raise Failure(*_error_lines(response.status, response.read()))
+            yield from _messages(response)
+        except (OSError, http.client.HTTPException) as error:
+            raise _connection_failure(self.path, error) from error
+        finally:
+            connection.close()
+
     def _exchange(self, method: str, target: str, body: object) -> tuple[int, bytes]:
         connection = _UnixConnection(self.path)
         payload = None if body is None else json.dumps(body).encode()
@@ -62,6 +78,17 @@ class Client:
             raise _connection_failure(self.path, error) from error
         finally:
             connection.close()
+
+
+def _messages(lines: Iterable[bytes]) -> Iterator[tuple[str, str, Any]]:
+    """What the lines of a text/event-stream say (WHATWG HTML §9.2.6), as the relay writes it: one line of data."""
+    fields: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.decode().rstrip("\r\n").partition(":")
+        if name:
+            fields[name] = value.removeprefix(" ")
+        elif "data" in fields:
+            yield fields.get("id", ""), fields.get("event", ""), json.loads(fields.pop("data"))
 
 
 def _connection_failure(path: Path, error: Exception) -> Failure:

@@ -9,7 +9,7 @@ import logging
 import os
 from typing import Annotated, Any
 
-from fastapi import Body, FastAPI, Request, Response
+from fastapi import Body, FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -17,14 +17,17 @@ from pydantic import WithJsonSchema
 from starlette.exceptions import HTTPException
 
 from mrelay import __version__, logs
-from mrelay.control import answers, views
+from mrelay.control import answers, eventstream, views
 from mrelay.control.answers import as_json, json_of_many
+from mrelay.control.events import Cursor, Page
+from mrelay.control.eventstream import EventStream
 from mrelay.control.metrics import exposition
 from mrelay.control.relay import Exists, NoRule, Relay
 from mrelay.model.issue import ConfigError, Issue
 
 log = logging.getLogger(__name__)
 
+Since = Annotated[str | None, WithJsonSchema({"type": "string", "examples": ["42", "6a2b3c4d:42"]})]
 RuleTable = Annotated[dict[str, Any], Body(), WithJsonSchema(views.RULE_SCHEMA)]
 LogTable = Annotated[dict[str, Any], Body(), WithJsonSchema(views.LogLevels.model_json_schema())]
 RulesTable = Annotated[dict[str, Any], Body(), WithJsonSchema(views.RULES_SCHEMA)]
@@ -76,12 +79,53 @@ def _add_looking(app: FastAPI, relay: Relay) -> None:
         """From which level on each role logs."""
         return as_json(logs.levels())
 
+    _add_events(app, relay)
+
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """The counters for Prometheus."""
         stats, workers = await relay.stats.stats(), await relay.stats.workers()
         text = await asyncio.to_thread(exposition, stats, workers, relay.rules())
         return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_events(app: FastAPI, relay: Relay) -> None:
+    errors: dict[str, Any] = {"model": views.Errors}
+    stream = {
+        "description": "Server-sent events.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+    busy = answers.error(
+        503, "", "", f"{eventstream.MOST} clients follow the events already", "try again when one has left"
+    )
+
+    @app.get("/v1/events", response_model=Page, responses={422: errors})
+    async def events(since: Since = None) -> Response:
+        """What happened lately: the events after `since`, or all that are kept, the oldest first.
+
+        Ids restart at 1 with each control process, of which `run` is one; RUN:ID is a place in one run.
+        """
+        page = relay.events.page(_cursor(since))
+        text = await asyncio.to_thread(page.model_dump_json)
+        return Response(text, media_type="application/json")
+
+    @app.get("/v1/events/stream", response_class=Response, responses={200: stream, 422: errors, 503: errors})
+    async def follow(
+        request: Request, since: Since = None, last_event_id: Annotated[str | None, Header()] = None
+    ) -> Response:
+        """The events after Last-Event-ID or `since`, or those from now on, as they happen.
+
+        The first message is `hello`: /v1/events without its events. Each other one is named by its type and holds
+        one event. Comments keep the connection alive; a client that does not read is disconnected.
+        """
+        return EventStream(relay.events, _cursor(last_event_id or since), request.state.abort, busy)
+
+
+def _cursor(text: str | None) -> Cursor | None:
+    try:
+        return None if text is None else Cursor.parse(text)
+    except ValueError as error:
+        raise ConfigError([Issue("", "", "since", str(error), "give an id such as 42, or 6a2b3c4d:42")]) from None
 
 
 def _add_changing(app: FastAPI, relay: Relay) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Set as AbstractSet
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mrelay.control.links import Link, LinkTable
 from mrelay.control.routes import UNSEEN, Hop, Reached
@@ -25,7 +26,10 @@ from mrelay.model.ruleset import FlowKey, Route
 
 log = logging.getLogger(__name__)
 
-XDP, EBPF, URING = "xdp", "ebpf", "uring"  # the engines
+# the engines
+XDP: Final = "xdp"
+EBPF: Final = "ebpf"
+URING: Final = "uring"
 ARPHRD_ETHER: Final = 1  # linux/if_arp.h
 ARPHRD_NONE: Final = 0xFFFE  # WireGuard, tun: no link-layer header, and no neighbours
 TAKE_OVER: Final = 10.0  # seconds in which the workers give all flows of an earlier relay their new outputs
@@ -191,6 +195,15 @@ class FastPath:
             pairs = zip(values["state"].tolist(), values["why"].tolist(), strict=True)
             found |= zip((key.tobytes() for key in keys), pairs, strict=True)
         return found
+
+    def worker_states(self) -> dict[int, NDArray[np.int64]]:
+        """By worker and slot: `state` of struct flow, -1 where none is installed. For threads, too."""
+        sizes = self._maps.sizes
+        found = np.full(sizes.flows, -1)
+        for family in (4, 6):
+            values = self._maps.all_flows(family)[1]
+            found[values["slot"]] = values["state"]
+        return dict(enumerate(found.reshape(sizes.workers, sizes.slots)))
 
     def carried(self) -> dict[str, int]:
         """Flows whose last frame it carried, by engine. For threads, too."""

@@ -12,13 +12,15 @@ import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from mrelay import logs
+from mrelay import __version__, logs
 from mrelay.child import confine, settle
 from mrelay.control import preload  # noqa: F401  for its effect
 from mrelay.control.api import create_app
+from mrelay.control.events import ControlStarted, EventLog, WorkerDied, WorkerStarted
 from mrelay.control.fastpath import FastPath
 from mrelay.control.guard import Guard
 from mrelay.control.links import LinkTable, LinkWatcher
+from mrelay.control.notice import InterfaceWatch, Noticer
 from mrelay.control.peers import Access, UnixDoor
 from mrelay.control.proc import start_time
 from mrelay.control.reconcile import Reconciler
@@ -75,6 +77,7 @@ class Control:
         self._relay: Relay | None = None
         self._server: Server | None = None
         self._tcp: TcpListener | None = None
+        self.events = EventLog()
         self.workers = Workers(self._on_worker_up, self._on_end)
         self.supervisor = Supervisor(sock, self._on_event, self._on_end)
 
@@ -88,8 +91,14 @@ class Control:
                 self._held.append(event)
                 self._check_held()
             case WorkerUp():
+                self._on_worker(event)
                 self.workers.up(event, fds)
             case WorkerDown():
+                self.events.add(
+                    WorkerDied(
+                        worker=event.worker, reason=event.reason, restarts=event.restarts, retry=event.delay
+                    )
+                )
                 self.workers.down(event)
             case FastPathMessage():
                 self._maps = Maps(fds, sizes_of(event)) if fds else None
@@ -110,6 +119,11 @@ class Control:
         self._setup_message = setup
         self._setup.set_result((setup, fds))
         self._check_held()
+
+    def _on_worker(self, event: WorkerUp) -> None:
+        if self._relay is None and self._setup_message and self._setup_message.restarted:
+            return  # it has been there for longer than we have
+        self.events.add(WorkerStarted(worker=event.worker, pid=event.pid, restarts=event.restarts))
 
     def _check_held(self) -> None:
         if self._setup_message and len(self._held) >= self._setup_message.have:
@@ -150,6 +164,7 @@ class Control:
         """Bring up, serve, and return the exit status."""
         self._spawn(self._bring_up())
         status = await self._ended
+        self.events.close()
         if status == 0:
             await asyncio.gather(*(server.stop() for server in (self._server, self._tcp) if server))
         for task in self._tasks:
@@ -169,6 +184,7 @@ class Control:
 
     async def _start(self) -> None:
         setup, fds = await self._setup
+        self.events.add(ControlStarted(version=__version__, took_over=setup.restarted))
         await self._all_held.wait()
         held = [message.what for message in self._held]
         book = await self._load(setup, StateFile(fds[0]), fds[1:])
@@ -183,19 +199,29 @@ class Control:
         for problem in idle_xdp(relay.xdp, {rule.from_.interface for rule in book.rules}, fast is not None):
             log.warning("%s", problem)
         self._reconciler = Reconciler(
-            self.supervisor, self.workers, links, book, hops, settings=settings, held=held, fast=fast
+            self.supervisor,
+            self.workers,
+            links,
+            book,
+            hops,
+            settings=settings,
+            events=self.events,
+            held=held,
+            fast=fast,
         )
-        await self._watch(links, self._reconciler)
+        await self._watch(links, self._reconciler, book)
         await self._wait_for_workers(len(cores))
         self._spawn(self._reconciler.run())
         self._spawn(hops.run())
-        sampler = Sampler(self.workers)
+        sampler = Sampler(self.workers, Noticer(self.events, links.name, fast).sampled)
         self._spawn(sampler.run())
         self._spawn(_flush_logs())
         stats = Stats(self.workers, book, links, self._reconciler, sampler, fast)
         host = Host(self._supervisor_started, self._landlock)
         why_not = self._no_fast_path if fast is None else ""
-        self._relay = Relay(book, self._reconciler, self.workers, stats, host, self.supervisor, why_not)
+        self._relay = Relay(
+            book, self._reconciler, self.workers, stats, host, self.supervisor, self.events, why_not
+        )
         await self._reconciler.settled()
         await self._serve_api(self._relay, relay, fds[0], setup.state_dir)
         self._relay.ready = True
@@ -211,7 +237,7 @@ class Control:
         # A restarted control goes on with the slots and settings that the relay runs with.
         relay = override(config.relay, setup.engine, setup.workers)
         kept = old if setup.restarted and saved else State(old.rules, old.file_rules, relay=relay)
-        book = Rulebook(kept, file, self.workers.read_rule, self.workers.read_link)
+        book = Rulebook(kept, file, self.workers.read_rule, self.workers.read_link, self.events)
         # Without a config file nothing was edited, so nothing changes.
         edited = kept.file_rules if setup.config is None else config.rules
         rules = merge(kept.rules, kept.file_rules, edited)
@@ -233,9 +259,15 @@ class Control:
             _log_issues(error)
             return Config(relay=saved.relay, rules=saved.file_rules)
 
-    async def _watch(self, links: LinkTable, reconciler: Reconciler) -> None:
+    async def _watch(self, links: LinkTable, reconciler: Reconciler, book: Rulebook) -> None:
         filled = asyncio.Event()
-        self._spawn(LinkWatcher(links, reconciler.links_changed).run(filled))
+        interfaces = InterfaceWatch(links, self.events)
+
+        def changed() -> None:
+            interfaces.look(book.interfaces() if filled.is_set() else frozenset())
+            reconciler.links_changed()
+
+        self._spawn(LinkWatcher(links, changed).run(filled))
         await filled.wait()
 
     async def _start_workers(self, cores: tuple[int, ...], relay: RelaySettings, *, restarted: bool) -> None:

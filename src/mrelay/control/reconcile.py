@@ -10,7 +10,9 @@ import errno
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from typing import NamedTuple
 
+from mrelay.control.events import Event, EventLog, OutputState, RuleUp, RuleWaiting
 from mrelay.control.fastpath import FastPath, hop_of
 from mrelay.control.links import LinkTable
 from mrelay.control.routes import Hop, NextHops
@@ -47,18 +49,19 @@ class Reconciler:
         hops: NextHops,
         *,
         settings: Settings,
+        events: EventLog,
         held: Iterable[Resource] = (),
         fast: FastPath | None = None,
     ) -> None:
         self._fast = fast
         self._supervisor, self._workers, self._links, self._book = supervisor, workers, links, book
-        self._hops, self._settings = hops, settings
+        self._hops, self._settings, self._events = hops, settings, events
         self._have = set(held)
         egresses = [what for what in self._have if isinstance(what, OpenEgress)]
         self._ids = EgressIds(egresses, fast.left(egresses) if fast is not None else frozenset())
         self._wake = asyncio.Event()
         self._waiting: list[asyncio.Future[None]] = []
-        self._states: dict[str, str] = {}
+        self._states: dict[Subject, str] = {}
         self.refused: dict[Resource, str] = {}  # GRO, XDP, held ports: done without, retried when a link changes
         self._no_xdp: dict[int, str] = {}  # what was last said of it, by interface
         self._known: dict[str, RulePlan] = {}  # made since the links last changed
@@ -236,23 +239,42 @@ class Reconciler:
         """Log each state that is not what it was, once."""
         trouble = self.trouble()
         now = {subject: state for plan in self.plans for subject, state in _states(plan, trouble)}
-        for subject, state in now.items():
-            if state != self._states.get(subject):
-                log.log(logging.INFO if state == UP else logging.WARNING, "%s: %s", subject, state)
+        changed = {subject: state for subject, state in now.items() if state != self._states.get(subject)}
+        for subject, state in changed.items():
+            log.log(logging.INFO if state == UP else logging.WARNING, "%s: %s", subject, state)
         for subject in self._states.keys() - now.keys():
             log.info("%s: removed", subject)
         self._states = now
+        self._events.add_many([_event(*each) for each in changed.items() if not each[0].warns])
 
 
-def _states(plan: RulePlan, trouble: Mapping[Resource, str]) -> Iterator[tuple[str, str]]:
+class Subject(NamedTuple):
+    """Of what a state is: of a rule, of one of its outputs; `warns`: of the input, and no more than a warning."""
+
+    rule: str
+    output: str = ""
+    warns: str = ""
+
+    def __str__(self) -> str:
+        what = f": output {self.output}" if self.output else f": input {self.warns}" if self.warns else ""
+        return f"rule '{self.rule}'{what}"
+
+
+def _states(plan: RulePlan, trouble: Mapping[Resource, str]) -> Iterator[tuple[Subject, str]]:
     """What there is to say of a rule: its state, each of several outputs that isn't up, its warning."""
-    rule = f"rule '{plan.rule.name}'"
-    yield rule, rule_state(plan, trouble)
+    rule = plan.rule.name
+    yield Subject(rule), rule_state(plan, trouble)
     if len(plan.outputs) > 1:
         for output in plan.outputs:
-            yield f"{rule}: output {output.text}", output_state(output, trouble)
+            yield Subject(rule, output.text), output_state(output, trouble)
     if plan.warning:
-        yield f"{rule}: input {plan.rule.from_}", plan.warning
+        yield Subject(rule, warns=str(plan.rule.from_)), plan.warning
+
+
+def _event(subject: Subject, state: str) -> Event:
+    if subject.output:
+        return OutputState(rule=subject.rule, output=subject.output, state=state)
+    return RuleUp(rule=subject.rule) if state == UP else RuleWaiting(rule=subject.rule, reason=state)
 
 
 def _rank(what: Resource) -> int:

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from mrelay import __version__, logs
+from mrelay.control.events import EventLog
 from mrelay.control.fastpath import EBPF, URING
 from mrelay.control.reconcile import Reconciler
 from mrelay.control.rulebook import Rulebook, difference, merge
@@ -54,12 +55,13 @@ class Relay:
         stats: Stats,
         host: Host,
         supervisor: Supervisor,
+        events: EventLog,
         no_fast_path: str,
     ) -> None:
         """`no_fast_path`: why there is none; empty when there is."""
         self._no_fast_path = no_fast_path
         self._book, self._reconciler, self._workers = book, reconciler, workers
-        self.stats, self._host, self._supervisor = stats, host, supervisor
+        self.stats, self._host, self._supervisor, self.events = stats, host, supervisor, events
         self.ready = False
 
     def health(self) -> Table:

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from mrelay.control.events import EventLog, RuleAdded, RuleChanged, RuleRemoved
 from mrelay.control.slots import NoSlots, ReadSlot, Slots
 from mrelay.control.state import State, StateFile
 from mrelay.model.config import RelaySettings
@@ -53,8 +54,10 @@ def difference(before: Sequence[Rule], after: Sequence[Rule]) -> Difference:
 class Rulebook:
     """The rules in force and their counter slots. `lock` is held by whoever changes them."""
 
-    def __init__(self, state: State, file: StateFile, read_rule: ReadSlot, read_link: ReadSlot) -> None:
-        self._state, self._file = state, file
+    def __init__(
+        self, state: State, file: StateFile, read_rule: ReadSlot, read_link: ReadSlot, events: EventLog
+    ) -> None:
+        self._state, self._file, self._events = state, file, events
         self._read_rule, self._read_link = read_rule, read_link
         self.lock = asyncio.Lock()
 
@@ -78,6 +81,10 @@ class Rulebook:
         """Where the running rules count."""
         return self._state.slots
 
+    def interfaces(self) -> set[str]:
+        """Those that the running rules name."""
+        return {end.interface for rule in self.rules for end in (rule.from_, *rule.to)}
+
     def checked(self, rules: Iterable[Rule], file_rules: Iterable[Rule] | None = None, file: str = "") -> State:
         """The state with these rules running; ConfigError when they can't run together."""
         rules = tuple(rules)
@@ -98,4 +105,8 @@ class Rulebook:
 
     def adopt(self, state: State) -> None:
         """Let it be in force, saved or not."""
+        changes = difference(self._state.rules, state.rules)
         self._state = state
+        self._events.add_many([RuleAdded(rule=name) for name in changes.added])
+        self._events.add_many([RuleRemoved(rule=name) for name in changes.removed])
+        self._events.add_many([RuleChanged(rule=name) for name in changes.changed])

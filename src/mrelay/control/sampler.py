@@ -6,6 +6,7 @@ cost grows with the flows there are, not with the table's size in Python.
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from mrelay.control.proc import cpu_seconds
 from mrelay.control.workers import Worker, Workers
-from mrelay.counters import U64, sound_keys
+from mrelay.counters import DROP_REASONS, U64, sound_keys
 from mrelay.counters_size import MAX_RULES
 
 INTERVAL = 1.0  # seconds
@@ -30,10 +31,12 @@ class FlowTable:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The counters at one moment; `rules` u64[2, MAX_RULES] over all workers, the rest by worker number."""
+    """The counters at one moment (`at`: monotonic); `rules` u64[2, MAX_RULES] and `drops`, by reason, are over all
+    workers, the rest by worker number."""
 
     at: float
     rules: U64
+    drops: list[int]
     flows: dict[int, FlowTable]
     cpu: dict[int, tuple[int, float]]  # pid, seconds of processor time
 
@@ -51,20 +54,22 @@ def flow_table(worker: Worker) -> FlowTable:
 def take(workers: Workers) -> Sample:
     """A sample now."""
     rules = np.zeros((2, MAX_RULES), np.uint64)
+    drops = np.zeros(len(DROP_REASONS), np.uint64)
     cpu: dict[int, tuple[int, float]] = {}
     for worker in workers.by_number.values():
         rules += worker.counters.rules
+        drops += worker.counters.drops
         if worker.pid is not None and (seconds := cpu_seconds(worker.pid)) is not None:
             cpu[worker.number] = worker.pid, seconds
     flows = {worker.number: flow_table(worker) for worker in workers.by_number.values()}
-    return Sample(time.monotonic(), rules, flows, cpu)
+    return Sample(time.monotonic(), rules, drops.tolist(), flows, cpu)
 
 
 class Sampler:
-    """The last two samples, and the rates between them: 0 until there are two."""
+    """The last two samples, and the rates between them: 0 until there are two. `after` is told of each."""
 
-    def __init__(self, workers: Workers) -> None:
-        self._workers = workers
+    def __init__(self, workers: Workers, after: Callable[[Sample], Awaitable[None]] | None = None) -> None:
+        self._workers, self._after = workers, after
         self._old: Sample | None = None
         self._new: Sample | None = None
 
@@ -73,6 +78,8 @@ class Sampler:
         while True:
             await self._workers.sync()
             self._old, self._new = self._new, take(self._workers)
+            if self._after is not None:
+                await self._after(self._new)
             await asyncio.sleep(INTERVAL)
 
     def rules(self) -> NDArray[np.float64]:
@@ -89,7 +96,7 @@ class Sampler:
         old, new = self._old.flows.get(worker), self._new.flows.get(worker)
         if old is None or new is None:
             return rates
-        in_old, in_new = _find(old, table), _find(new, table)
+        in_old, in_new = find(old, table), find(new, table)
         both = (in_old >= 0) & (in_new >= 0)
         grown = new.counts[:, in_new[both]].astype(float) - old.counts[:, in_old[both]]
         rates[:, both] = grown / (self._new.at - self._old.at)
@@ -105,7 +112,7 @@ class Sampler:
         return round(100 * (new[1] - old[1]) / (self._new.at - self._old.at), 1)
 
 
-def _find(sample: FlowTable, table: FlowTable) -> NDArray[np.intp]:
+def find(sample: FlowTable, table: FlowTable) -> NDArray[np.intp]:
     """Where the flows of `table` stand in `sample`; -1 for those that don't: same slot, but another key."""
     if not len(sample.slots):
         return np.full(len(table.slots), -1)

@@ -24,12 +24,13 @@ PATIENCE: Final = 10.0  # seconds for a whole request to come, and for an answer
 
 
 class UnixProtocol(H11Protocol):
-    """HTTP/1.1 that knows who is there: `request.state.peer`."""
+    """HTTP/1.1 that knows who is there: `request.state.peer`; `request.state.abort()` hangs up."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn does
         """As asyncio calls it."""
         super().connection_made(transport)
-        self.app_state = {**self.app_state, "peer": peer_of(transport.get_extra_info("socket"))}
+        peer = peer_of(transport.get_extra_info("socket"))
+        self.app_state = {**self.app_state, "peer": peer, "abort": transport.abort}
 
 
 class TcpProtocol(H11Protocol):
@@ -50,6 +51,7 @@ class TcpProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn does
         """As asyncio calls it."""
         super().connection_made(transport)
+        self.app_state = {**self.app_state, "abort": transport.abort}
         if len(self.connections) > MAX_CONNECTIONS:
             transport.abort()
         else:
