@@ -185,6 +185,45 @@ class ProbeNeighbour:
 
 
 @dataclass(frozen=True, slots=True)
+class TapFilter:
+    """Which frames of an interface a tap gets, of each the first `snap` bytes.
+
+    Those to `networks`: prefixes of groups, or single hosts, of which only UDP; by chance one in `one_in` of them.
+    `membership`: all IGMP and MLD too.
+    """
+
+    networks: tuple[str, ...]
+    membership: bool = False
+    incoming: bool = True
+    outgoing: bool = False
+    snap: int = 65535
+    one_in: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class OpenTap:
+    """Control to supervisor: copies of frames of `ifindex`. Answered by Tapped or Failed."""
+
+    id: int
+    ifindex: int
+    what: TapFilter
+
+
+@dataclass(frozen=True, slots=True)
+class Tapped:
+    """Supervisor to control: OpenTap `id` is carried out; its descriptor comes along (see kernel.tap)."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class CloseTap:
+    """Control to supervisor: no more frames for the tap of OpenTap `id`. Not answered; all close with control."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
 class Quit:
     """Control to supervisor: a client stops the relay. `keep`: what the fast path carries goes on."""
 
@@ -433,14 +472,14 @@ class Synced:
 
 Message = (
     Status | LogLevel
-    | Grant | Release | Listen | ListenTcp | StartWorkers | ProbeNeighbour | Quit | Ready
-    | Done | Listening | ListeningTcp | Failed | Setup | Held
+    | Grant | Release | Listen | ListenTcp | StartWorkers | ProbeNeighbour | OpenTap | CloseTap | Quit | Ready
+    | Done | Listening | ListeningTcp | Tapped | Failed | Setup | Held
     | WorkerUp | FastPath | XdpTargets | WorkerDown | Reload | WorkerSetup | Granted | Revoked | Stop | PutRule
     | DropRule | Commit | Committed | Sync | Synced
 )  # fmt: skip
 
 _CLASSES: Final[dict[str, type]] = {
-    c.__name__: c for c in (*typing.get_args(Message), *typing.get_args(Resource), RuleOutput)
+    c.__name__: c for c in (*typing.get_args(Message), *typing.get_args(Resource), RuleOutput, TapFilter)
 }
 _SENDABLE: Final = frozenset(typing.get_args(Message))
 _NAMES: Final = {c: tuple(field.name for field in dataclasses.fields(c)) for c in _CLASSES.values()}

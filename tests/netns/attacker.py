@@ -8,6 +8,8 @@ tries everything unconfined.
 """
 
 import contextlib
+import ctypes
+import errno
 import json
 import os
 import random
@@ -23,6 +25,7 @@ from mrelay.kernel import landlock, seccomp
 from mrelay.messages import (
     AttachXdp,
     Channel,
+    CloseTap,
     Done,
     Failed,
     Grant,
@@ -35,12 +38,15 @@ from mrelay.messages import (
     Message,
     OpenEgress,
     OpenIngress,
+    OpenTap,
     ProbeNeighbour,
     Ready,
     Release,
     Resource,
     SetGro,
     StartWorkers,
+    TapFilter,
+    Tapped,
     encode,
 )
 
@@ -49,6 +55,7 @@ from netns import attempts
 
 WORD: Final = "ATTACK "
 BIG: Final = 1 << 70
+_libc: Final = ctypes.CDLL(None, use_errno=True)
 _DEEP: Final = b'{"v":1,"m":' + b"[" * 20000
 
 
@@ -62,6 +69,7 @@ class Taken:
         self.parent = os.getppid()
         self.sibling = 0
         self.link = socket.if_nametoindex("in0")
+        self.kept: list[socket.socket] = []
 
 
 def say(what: object) -> None:
@@ -116,12 +124,62 @@ def requests(taken: Taken) -> None:
         say({name: ask(channel, request) for name, request in hostile(taken.link).items()})
 
 
+def abuse_a_tap(taken: Taken) -> None:
+    """A tap that was opened as why or capture would; what else its descriptor is good for."""
+    with asking(taken) as channel:
+        sock = tapped(channel, OpenTap(800, taken.link, TapFilter(_ALL)))
+        frame = bytes(10 + 12) + b"\x08\x00" + bytes(60)
+        where = struct.pack("=HHiHBB8s", socket.AF_PACKET, 8, taken.link, 0, 0, 6, bytes(8))
+        attempts_ = {
+            "bind": lambda: libc("bind", sock, where, len(where)),
+            "send": lambda: libc("send", sock, frame, len(frame), 0),
+            "sendto": lambda: libc("sendto", sock, frame, len(frame), 0, where, len(where)),
+            "write": lambda: libc("write", sock, frame, len(frame)),
+            "another filter": lambda: sock.setsockopt(socket.SOL_SOCKET, 26, bytes(16)),  # SO_ATTACH_FILTER
+            "no transmit ring": lambda: sock.setsockopt(263, 13, bytes(16)),  # SOL_PACKET, PACKET_TX_RING
+        }
+        found = {name: tried(attempt) for name, attempt in attempts_.items()}
+        held = [tapped(channel, OpenTap(number, taken.link, TapFilter(_ALL))) for number in range(801, 816)]
+        found["one too many"] = ask(channel, OpenTap(816, taken.link, TapFilter(_ALL)))
+        for number in range(800, 816):
+            channel.send(CloseTap(number))
+        found["after closing"] = ask(channel, OpenTap(817, taken.link, TapFilter(_ALL)))
+    taken.kept = [sock, *held]
+    say(found)
+
+
+def libc(name: str, sock: socket.socket, *arguments: Any) -> int:
+    """A call as the C library makes it; OSError."""
+    done = int(getattr(_libc, name)(sock.fileno(), *arguments))
+    if done < 0:
+        raise OSError(ctypes.get_errno(), name)
+    return done
+
+
+def tried(attempt: Callable[[], Any]) -> str:
+    """What it returned, or the name of its error."""
+    try:
+        return str(attempt())
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+
+
+def tapped(channel: Channel, request: OpenTap) -> socket.socket:
+    """The tap, which must be opened."""
+    channel.send(request)
+    while True:
+        message, fds = channel.receive() or (None, [])
+        if isinstance(message, Tapped):
+            return socket.socket(fileno=fds[0])
+
+
 def fuzz(taken: Taken) -> None:
     """Requests of the right shape with anything in them."""
     seed = int.from_bytes(os.getrandom(4))
     chance = random.Random(seed)
     with asking(taken) as channel:
-        answers = [ask(channel, anything(chance)) for _ in range(3000)]
+        # As many as leave it time to beat its pulse, also on a busy machine.
+        answers = [ask(channel, anything(chance)) for _ in range(1500)]
     say(
         {"seed": seed, "answers": len(answers), "refused": sum(answer.startswith("refused") for answer in answers)}
     )
@@ -148,7 +206,7 @@ def ask(channel: Channel, request: Any) -> str:
             os.close(fd)
         if isinstance(message, Failed):
             return f"refused: {message.problem}"
-        if isinstance(message, Done | Listening | ListeningTcp):
+        if isinstance(message, Done | Listening | ListeningTcp | Tapped):
             return "granted"
 
 
@@ -199,7 +257,24 @@ def hostile(link: int) -> dict[str, Message]:
     return {name: Grant(number, what) for number, (name, what) in enumerate(whats.items())} | OTHERS
 
 
+_ALL: Final = ("224.0.0.0/4", "ff00::/8")
 OTHERS: Final[dict[str, Message]] = {
+    "tap nowhere": OpenTap(920, 0, TapFilter(_ALL)),
+    "tap on no interface": OpenTap(921, 99999, TapFilter(_ALL)),
+    "tap on a huge interface": OpenTap(922, BIG, TapFilter(_ALL)),
+    "tap for all that hosts say": OpenTap(923, 1, TapFilter(("0.0.0.0/0",))),
+    "tap for some hosts": OpenTap(924, 1, TapFilter(("10.0.0.0/31",))),
+    "tap for all of IPv6": OpenTap(925, 1, TapFilter(("::/0",))),
+    "tap for more than groups": OpenTap(926, 1, TapFilter(("192.0.0.0/2",))),
+    "tap for a scope": OpenTap(927, 1, TapFilter(("ff02::1%lo",))),
+    "tap for a surrogate": OpenTap(928, 1, TapFilter(("\ud800",))),
+    "tap for nothing": OpenTap(929, 1, TapFilter(())),
+    "tap for neither direction": OpenTap(930, 1, TapFilter(_ALL, incoming=False)),
+    "tap for too many": OpenTap(931, 1, TapFilter(("239.1.1.1/32",) * 65)),
+    "tap of no bytes": OpenTap(932, 1, TapFilter(_ALL, snap=0)),
+    "tap of huge frames": OpenTap(933, 1, TapFilter(_ALL, snap=BIG)),
+    "tap of none in one": OpenTap(934, 1, TapFilter(_ALL, one_in=0)),
+    "tap of one in a huge number": OpenTap(935, 1, TapFilter(_ALL, one_in=BIG)),
     "socket mode 0777": Listen(901, 0o777, None),
     "socket mode with set-uid": Listen(902, 0o4660, None),
     "socket mode negative": Listen(903, -1, None),
@@ -218,15 +293,16 @@ OTHERS: Final[dict[str, Message]] = {
 }
 
 
-def anything(chance: random.Random) -> Grant | Listen | ListenTcp | StartWorkers:
+def anything(chance: random.Random) -> Grant | Listen | ListenTcp | StartWorkers | OpenTap:
     """A well-formed request of ill-formed parts. Nothing is released: the relay goes on."""
-    whats: list[Callable[[], Grant | Listen | ListenTcp | StartWorkers]] = [
+    whats: list[Callable[[], Grant | Listen | ListenTcp | StartWorkers | OpenTap]] = [
         lambda: Grant(1, OpenIngress(_number(chance), _number(chance), _number(chance))),
         lambda: Grant(1, JoinGroup(_number(chance), _text(chance), chance.choice([None, _text(chance)]))),
         lambda: Grant(1, HoldUnicast(_text(chance), _number(chance))),
         lambda: Grant(1, _egress(chance)),
         lambda: Grant(1, SetGro(_number(chance))),
         lambda: Grant(1, AttachXdp(_number(chance))),
+        lambda: OpenTap(_number(chance), _number(chance), _tap_filter(chance)),
         lambda: Listen(1, _number(chance), _text(chance)),
         lambda: ListenTcp(1, _text(chance), _number(chance)),
         lambda: StartWorkers(1, (_number(chance), _number(chance)), _number(chance)),
@@ -238,6 +314,12 @@ def _egress(chance: random.Random) -> OpenEgress:
     numbers = [_number(chance) for _ in range(5)]
     output, link, family, port, epoch = numbers
     return OpenEgress(output, link, chance.choice([4, 6, family]), _text(chance), port, _text(chance), epoch)
+
+
+def _tap_filter(chance: random.Random) -> TapFilter:
+    networks = tuple(_text(chance) for _ in range(chance.randrange(3)))
+    membership, incoming, outgoing = (chance.random() < 0.5 for _ in range(3))
+    return TapFilter(networks, membership, incoming, outgoing, _number(chance), _number(chance))
 
 
 def _number(chance: random.Random) -> int:
@@ -253,6 +335,7 @@ ATTACKS: Final[dict[str, Callable[[Taken], None]]] = {
     "probe": probe,
     "requests": requests,
     "fuzz": fuzz,
+    "abuse a tap": abuse_a_tap,
     "flood": flood,
     "nonsense to control": nonsense_to_control,
     "no JSON": sending(b"\xff\xfe nonsense"),

@@ -13,6 +13,7 @@ from socket import socket
 from mrelay.control.channel import AsyncChannel
 from mrelay.messages import (
     BadMessage,
+    CloseTap,
     Done,
     Failed,
     FastPath,
@@ -24,6 +25,7 @@ from mrelay.messages import (
     ListenTcp,
     LogLevel,
     Message,
+    OpenTap,
     ProbeNeighbour,
     Quit,
     Ready,
@@ -34,6 +36,8 @@ from mrelay.messages import (
     StartWorkers,
     Status,
     Stop,
+    TapFilter,
+    Tapped,
     WorkerDown,
     WorkerUp,
     XdpTargets,
@@ -41,8 +45,8 @@ from mrelay.messages import (
 
 EVENTS = (Setup, Held, WorkerUp, WorkerDown, FastPath, XdpTargets, Reload, Stop)
 Event = Setup | Held | WorkerUp | WorkerDown | FastPath | XdpTargets | Reload | Stop
-Request = Grant | Release | Listen | ListenTcp | StartWorkers
-Answer = tuple[Done | Listening | ListeningTcp, list[int]]
+Request = Grant | Release | Listen | ListenTcp | StartWorkers | OpenTap
+Answer = tuple[Done | Listening | ListeningTcp | Tapped, list[int]]
 
 
 class RequestFailed(Exception):
@@ -94,6 +98,17 @@ class Supervisor:
         """Have one worker started on each core; those that run already go on. `fast`: after the event FastPath."""
         await self._request(StartWorkers(next(self._ids), cores, flow_limit, fast))
 
+    async def open_tap(self, ifindex: int, what: TapFilter) -> tuple[int, int]:
+        """A tap's number and descriptor; raises RequestFailed. Close the descriptor before `close_tap`."""
+        answer, fds = await self._request(OpenTap(next(self._ids), ifindex, what))
+        if not isinstance(answer, Tapped) or len(fds) != 1:
+            raise BadMessage(f"{type(answer).__name__} with {len(fds)} descriptors for a tap")
+        return answer.id, fds[0]
+
+    def close_tap(self, number: int) -> None:
+        """Have no more frames come to it."""
+        self._channel.send(CloseTap(number))
+
     def probe(self, ifindex: int, address: str) -> None:
         """Have the kernel find out whether this neighbour is still there."""
         self._channel.send(ProbeNeighbour(ifindex, address))
@@ -124,14 +139,14 @@ class Supervisor:
             del self._waiting[message.id]
 
     def _receive(self, message: Message, fds: list[int]) -> None:
-        if isinstance(message, Done | Listening | ListeningTcp | Failed):
+        if isinstance(message, Done | Listening | ListeningTcp | Tapped | Failed):
             self._answer(message, fds)
         elif isinstance(message, EVENTS):
             self._on_event(message, fds)
         else:
             raise BadMessage(f"the supervisor sent {type(message).__name__}")
 
-    def _answer(self, answer: Done | Listening | ListeningTcp | Failed, fds: list[int]) -> None:
+    def _answer(self, answer: Done | Listening | ListeningTcp | Tapped | Failed, fds: list[int]) -> None:
         future = self._waiting.get(answer.id)
         if future is None or future.done():  # whoever asked was cancelled
             for fd in fds:

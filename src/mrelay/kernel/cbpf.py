@@ -33,7 +33,9 @@ SKF_AD_OFF: Final = -0x1000
 SKF_AD_PROTOCOL: Final = 0  # ethertype, host byte order
 SKF_NET_OFF: Final = -0x100000  # offsets from here count from the network header
 
-SO_ATTACH_FILTER: Final = 26  # asm-generic/socket.h
+# asm-generic/socket.h
+SO_ATTACH_FILTER: Final = 26
+SO_LOCK_FILTER: Final = 44
 
 ETH_P_IP: Final = 0x0800  # linux/if_ether.h
 ETH_P_IPV6: Final = 0x86DD

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
+from mrelay.kernel.cbpf import SO_LOCK_FILTER
+
 SONAME: Final = "libbpf.so.1"
 # linux/bpf.h
 BPF_XDP: Final = 37
@@ -26,7 +28,6 @@ XDP_FLAGS_DRV_MODE: Final = 1 << 2  # linux/if_link.h
 BTF_KIND_STRUCT: Final = 4  # linux/btf.h
 BTF_KIND_DATASEC: Final = 15
 SO_ATTACH_BPF: Final = 50  # asm-generic/socket.h
-SO_LOCK_FILTER: Final = 44
 BPF_FS_MAGIC: Final = 0xCAFE4A11  # linux/magic.h
 _STATFS_SIZE: Final = 256  # bytes, more than any struct statfs has; f_type comes first
 _LOG_SIZE: Final = 1 << 20

@@ -36,7 +36,9 @@ _DATA_ARGS: Final = 16  # eight bytes each, little-endian, so their low words co
 PROT_EXEC: Final = 4  # asm-generic/mman-common.h
 FIONBIO: Final = 0x5421  # asm-generic/ioctls.h
 CLONE_THREAD: Final = 0x00010000  # linux/sched.h
-NETLINK_ROUTE: Final = 0  # linux/netlink.h
+# linux/netlink.h
+NETLINK_ROUTE: Final = 0
+_SOCKADDR_NL: Final = 12  # bytes
 # linux/fcntl.h, asm-generic/fcntl.h. Not among them: F_SETOWN and F_SETSIG, which make the kernel send signals.
 F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC = 1, 2, 3, 4, 1030
 
@@ -110,7 +112,8 @@ CONTROL: Final[Allowed] = {
     # the state file (unlinkat only when it can't be written); where there is Landlock, nothing else can be opened
     **_plainly("fsync", "getdents64", "openat", "read", "renameat", "renameat2", "unlinkat"),
     # the list of links, and whose child we are
-    **_plainly("bind", "getppid"),
+    **_plainly("getppid"),
+    "bind": (Guard(2, (_SOCKADDR_NL,)),),  # no tap, which has a struct sockaddr_ll
     "socket": (Guard(0, (socket.AF_NETLINK,)), Guard(2, (NETLINK_ROUTE,))),
     "setsockopt": (
         Guard(1, (socket.SOL_SOCKET,)),

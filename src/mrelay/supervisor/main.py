@@ -16,7 +16,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -27,6 +26,7 @@ from mrelay.kernel.netdev import Watch
 from mrelay.messages import (
     AttachXdp,
     BadMessage,
+    CloseTap,
     Done,
     Failed,
     Grant,
@@ -38,6 +38,7 @@ from mrelay.messages import (
     ListenTcp,
     LogLevel,
     Message,
+    OpenTap,
     ProbeNeighbour,
     Quit,
     Ready,
@@ -49,6 +50,7 @@ from mrelay.messages import (
     StartWorkers,
     Status,
     Stop,
+    Tapped,
     WorkerDown,
     WorkerSetup,
     WorkerUp,
@@ -60,6 +62,7 @@ from mrelay.supervisor.children import OUTDATED, Child, ControlChild, Process, W
 from mrelay.supervisor.host import clear_path, find_group, find_users, listen_at, open_state_dir
 from mrelay.supervisor.resources import Refused, Resources, probe_neighbour
 from mrelay.supervisor.service import Service
+from mrelay.supervisor.taps import Taps
 from mrelay.supervisor.tcp import TcpListener
 from mrelay.supervisor.watch import CHECK
 
@@ -77,6 +80,8 @@ _USEFUL: Final = (
 _STOP_SECONDS: Final = 5.0
 _SPARE_AFTER: Final = 0.5  # seconds after a start, which needs the processor more
 _MAX_FLOWS: Final = 1 << 20
+_Asked = Grant | Release | Listen | ListenTcp | StartWorkers | OpenTap
+_Answer = Done | Listening | ListeningTcp | Tapped
 
 
 class Supervisor:
@@ -87,6 +92,7 @@ class Supervisor:
         user, self._worker_user = find_users(options["user"], options["worker_user"])
         self._resources = Resources(pin_folder(options["socket"], Path(options["pin_dir"])))
         self._resources.adopt()
+        self._taps = Taps()
         self._listener: socket.socket | None = None
         self._listens: tuple[int, str | None] | None = None  # the mode and group that were asked for
         self._tcp = TcpListener()
@@ -196,6 +202,8 @@ class Supervisor:
         assert child.process is not None  # noqa: S101  it was running until now
         self._listen_to(child.process, None)
         before, reason = child.trouble, child.ended()
+        if child is self._control:
+            self._taps.close_all()
         if child is self._control and child.restarts == 1 and not self._service.ready:
             self._give_up(child.status)
         self._report(child, reason, before)
@@ -226,14 +234,10 @@ class Supervisor:
 
     def _request(self, message: Message) -> None:
         match message:
-            case Grant(id, what):
-                self._answer(id, lambda: self._grant(what))
-            case Release(id, what):
-                self._answer(id, lambda: self._release(what))
-            case Listen() | ListenTcp():
-                self._answer(message.id, lambda: self._serve(message))
-            case StartWorkers(id, cores, flow_limit, fast):
-                self._answer(id, lambda: self._start_workers(cores, flow_limit, fast=fast))
+            case Grant() | Release() | Listen() | ListenTcp() | StartWorkers() | OpenTap():
+                self._answer(message)
+            case CloseTap(id):
+                self._taps.close(id)
             case Quit(keep):
                 log.info("stopping, as a client asked")
                 self._quit, self._keep = True, keep
@@ -248,17 +252,38 @@ class Supervisor:
             case _:
                 raise BadMessage(f"{type(message).__name__} is not for the supervisor")
 
-    def _answer(self, id_: int, work: Callable[[], Done | Listening | ListeningTcp | None]) -> None:
+    def _carry_out(self, asked: _Asked) -> _Answer:
+        """One request that is answered; the answer."""
+        match asked:
+            case Grant():
+                self._grant(asked.what)
+            case Release():
+                self._release(asked.what)
+            case StartWorkers():
+                self._start_workers(asked.cores, asked.flow_limit, fast=asked.fast)
+            case Listen() | ListenTcp():
+                return self._serve(asked)
+            case OpenTap():
+                return self._taps.open(asked)
+        return Done(asked.id)
+
+    def _answer(self, asked: _Asked) -> None:
         try:
-            answer = work() or Done(id_)
+            answer = self._carry_out(asked)
         except Refused as error:
-            self._control.tell(Failed(id_, errno.EPERM, str(error), error.remedy))
+            self._control.tell(Failed(asked.id, errno.EPERM, str(error), error.remedy))
         except OSError as error:
             remedy = str(getattr(error, "remedy", ""))
-            self._control.tell(Failed(id_, error.errno or 0, error.strerror or str(error), remedy))
+            self._control.tell(Failed(asked.id, error.errno or 0, error.strerror or str(error), remedy))
         else:
-            sock = {Listening: self._listener, ListeningTcp: self._tcp.sock}.get(type(answer))
-            self._control.tell(answer, [sock.fileno()] if sock else [])
+            self._control.tell(answer, self._fds(answer))
+
+    def _fds(self, answer: _Answer) -> list[int]:
+        """The descriptors that come along with an answer."""
+        if isinstance(answer, Tapped):
+            return [self._taps.fd(answer.id)]
+        sock = {Listening: self._listener, ListeningTcp: self._tcp.sock}.get(type(answer))
+        return [sock.fileno()] if sock else []
 
     def _grant(self, what: Resource) -> None:
         new = what not in self._resources.held
