@@ -96,6 +96,20 @@ COMMANDS: Final = (
         ("mrelay events", "mrelay events --follow", "mrelay events --json --since 42"),
     ),
     Command(
+        "discover",
+        "mrelay.cli.discover:discover",
+        READ,
+        "List the streams on an interface, and the rule that would relay each.\n\n"
+        "Groups that are sent to or asked for (IGMP, MLD), with sources, rates, and names by SAP/SDP and "
+        "multicast DNS. Listens through the running relay; the interface needs no rule. Joins nothing unless told "
+        "to, so behind a switch with snooping only what is asked for on this port can be heard.",
+        (
+            "mrelay discover eth0",
+            "mrelay discover eth0 --seconds 60 --to eth1",
+            "mrelay discover eth0 --join 224.2.127.254 --json",
+        ),
+    ),
+    Command(
         "stop",
         "mrelay.cli.stop:stop",
         CHANGE,

@@ -5,6 +5,7 @@ own, so a relay that was restarted between two calls of `--watch` is found again
 is raised as Failure, with what to do next.
 """
 
+import contextlib
 import grp
 import http.client
 import json
@@ -54,13 +55,27 @@ class Client:
 
     def stream(self, target: str) -> Iterator[tuple[str, str, Any]]:
         """The server-sent events at `target`: id, name, object. Ends with the relay; Failure for all else."""
-        connection = _UnixConnection(self.path, SILENCE)
+        with self.opened("GET", target, silence=SILENCE) as response:
+            yield from _messages(response)
+
+    @contextlib.contextmanager
+    def opened(
+        self, method: str, target: str, body: object = None, *, silence: float | None = None
+    ) -> Iterator[http.client.HTTPResponse]:
+        """The answer to a request, to be read as it comes; Failure for all else.
+
+        It may take as long as it likes, but say nothing for `silence` seconds at most.
+        """
+        connection = _UnixConnection(self.path)
+        payload = None if body is None else json.dumps(body).encode()
         try:
-            connection.request("GET", target)
+            connection.request(method, target, payload, {"Content-Type": "application/json"} if payload else {})
             response = connection.getresponse()
             if response.status >= 400:
                 raise Failure(*_error_lines(response.status, response.read()))
-            yield from _messages(response)
+            if connection.sock is not None:  # none when all has come already
+                connection.sock.settimeout(silence)
+            yield response
         except (OSError, http.client.HTTPException) as error:
             raise _connection_failure(self.path, error) from error
         finally:

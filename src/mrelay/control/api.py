@@ -22,7 +22,9 @@ from mrelay.control.answers import as_json, json_of_many
 from mrelay.control.events import Cursor, Page
 from mrelay.control.eventstream import EventStream
 from mrelay.control.metrics import exposition
+from mrelay.control.observe_api import add_observing
 from mrelay.control.relay import Exists, NoRule, Relay
+from mrelay.control.supervisor import RequestFailed
 from mrelay.model.issue import ConfigError, Issue
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ def create_app(relay: Relay) -> FastAPI:
     app = FastAPI(title="mrelay", version=__version__, docs_url=None, redoc_url=None)
     _add_looking(app, relay)
     _add_changing(app, relay)
+    add_observing(app, relay)
     _add_errors(app)
     return app
 
@@ -197,6 +200,10 @@ def _add_errors(app: FastAPI) -> None:
     async def not_saved(_: Request, error: OSError) -> Response:
         problem = f"the rules can't be saved: {os.strerror(error.errno or 0)}; nothing was changed"
         return answers.error(507, "", "", problem, "make room in the state directory, or see its owner")
+
+    @app.exception_handler(RequestFailed)
+    async def failed(_: Request, error: RequestFailed) -> Response:
+        return answers.error(503, "", "", error.problem, error.remedy)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:

@@ -21,6 +21,7 @@ from mrelay.control.fastpath import FastPath
 from mrelay.control.guard import Guard
 from mrelay.control.links import LinkTable, LinkWatcher
 from mrelay.control.notice import InterfaceWatch, Noticer
+from mrelay.control.observe import Observe
 from mrelay.control.peers import Access, UnixDoor
 from mrelay.control.proc import start_time
 from mrelay.control.reconcile import Reconciler
@@ -219,8 +220,9 @@ class Control:
         stats = Stats(self.workers, book, links, self._reconciler, sampler, fast)
         host = Host(self._supervisor_started, self._landlock)
         why_not = self._no_fast_path if fast is None else ""
+        observe = Observe(self.supervisor, links, stats)
         self._relay = Relay(
-            book, self._reconciler, self.workers, stats, host, self.supervisor, self.events, why_not
+            book, self._reconciler, self.workers, stats, host, self.supervisor, self.events, observe, why_not
         )
         await self._reconciler.settled()
         await self._serve_api(self._relay, relay, fds[0], setup.state_dir)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from mrelay import __version__, logs
 from mrelay.control.events import EventLog
 from mrelay.control.fastpath import EBPF, URING
+from mrelay.control.observe import Observe
 from mrelay.control.reconcile import Reconciler
 from mrelay.control.rulebook import Rulebook, difference, merge
 from mrelay.control.stats import Stats
@@ -56,10 +57,11 @@ class Relay:
         host: Host,
         supervisor: Supervisor,
         events: EventLog,
+        observe: Observe,
         no_fast_path: str,
     ) -> None:
         """`no_fast_path`: why there is none; empty when there is."""
-        self._no_fast_path = no_fast_path
+        self._no_fast_path, self.observe = no_fast_path, observe
         self._book, self._reconciler, self._workers = book, reconciler, workers
         self.stats, self._host, self._supervisor, self.events = stats, host, supervisor, events
         self.ready = False

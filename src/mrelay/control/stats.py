@@ -86,7 +86,7 @@ class Stats:
         await self._workers.sync()
         tables = {number: flow_table(worker) for number, worker in self._workers.by_number.items()}
         rates = {number: self._sampler.flows(number, table) for number, table in tables.items()}
-        return {"flows": await asyncio.to_thread(_flows, tables, rates, self._names(), self._fast, self._no_xdp())}
+        return {"flows": await asyncio.to_thread(_flows, tables, rates, self.names(), self._fast, self._no_xdp())}
 
     def _no_xdp(self) -> dict[int, str]:
         """By interface where XDP was asked for: why it is not there, or nothing."""
@@ -101,7 +101,8 @@ class Stats:
         """Those that the kernel would go on with if the relay ended."""
         return sum(self.carried().values()) if self._fast is not None and self._fast.pinned else 0
 
-    def _names(self) -> "Names":
+    def names(self) -> "Names":
+        """What turns numbers into words, as of now."""
         slots = self._book.slots
         rules = RuleSet()
         for rule in self._reconciler.running:
@@ -195,6 +196,10 @@ class Names:
     rule: dict[int, str]  # by slot
     output: dict[int, str]  # by link slot
     interface: Callable[[int], str]
+
+    def rules_of(self, flow: FlowKey) -> list[str]:
+        """The names of the rules that take a flow."""
+        return [self.rule[slot] for slot in self.rules.resolve(flow).rules if slot in self.rule]
 
 
 def _flows(

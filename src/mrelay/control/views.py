@@ -148,6 +148,68 @@ class Workers(BaseModel):
     workers: list[Worker]
 
 
+class Heard(BaseModel):
+    """One sender to a group. `host`: its name by multicast DNS. `ttl`: what its last datagram had."""
+
+    address: str
+    host: str | None
+    packets: int
+    bytes: int
+    ttl: int
+
+
+class HeardGroup(BaseModel):
+    """`port` null: somebody wants the group, and nothing was heard of it. Rates over the last seconds.
+
+    `members` reported by IGMP or MLD that they want it; `names` of sessions by SAP. `rules` take it already;
+    `rule` is the command that adds one for it.
+    """
+
+    vlan: int | None
+    group: str
+    port: int | None
+    sources: list[Heard]
+    packets: int
+    bytes: int
+    pps: float
+    bps: float
+    members: list[str]
+    names: list[str]
+    rules: list[str]
+    rule: str
+
+
+class Querier(BaseModel):
+    """Who asks for memberships, and the version of the protocol it speaks."""
+
+    address: str
+    protocol: Literal["IGMP", "MLD"]
+    version: int
+
+
+class Service(BaseModel):
+    """A service that multicast DNS told of."""
+
+    name: str
+    host: str
+    port: int
+
+
+class Discovered(BaseModel):
+    """What was heard in `seconds`. `missed`: frames that came too fast, so that counts and rates are too low.
+
+    `left_out`: what there was no room for in the lists. The groups are the busiest first.
+    """
+
+    interface: str
+    seconds: float
+    missed: int
+    left_out: int
+    queriers: list[Querier]
+    groups: list[HeardGroup]
+    services: list[Service]
+
+
 class Stopping(BaseModel):
     """`flows`: how many the kernel goes on to forward."""
 
@@ -197,5 +259,15 @@ RULES_SCHEMA: Final[dict[str, Any]] = {
     "type": "object",
     "required": ["rules"],
     "properties": {"rules": {"type": "array", "items": RULE_SCHEMA}},
+    "additionalProperties": False,
+}
+DISCOVER_SCHEMA: Final[dict[str, Any]] = {
+    "type": "object",
+    "required": ["interface"],
+    "properties": {
+        "interface": {"type": "string", "examples": ["eth0"]},
+        "to": {"type": "string", "examples": ["eth1"], "description": "where suggested rules send to"},
+        "seconds": {"type": "number", "exclusiveMinimum": 0, "maximum": 3600, "default": 10},
+    },
     "additionalProperties": False,
 }

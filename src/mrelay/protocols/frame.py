@@ -39,15 +39,20 @@ class Packet(NamedTuple):
     start: int
     end: int
     fragment: bool
+    later: bool
 
 
 class Datagram(NamedTuple):
-    """A UDP datagram, or several that the kernel merged: ports, and where its payload begins and ends."""
+    """A UDP datagram, or several that the kernel merged: ports, and where its payload begins and ends.
+
+    `length`: of the payload, captured or not.
+    """
 
     source_port: int
     port: int
     start: int
     end: int
+    length: int
 
 
 def walk(data: bytes, link: int = ETHERNET, vlan: int | None = None) -> Packet | None:
@@ -79,7 +84,8 @@ def _walk_v4(data: bytes, at: int, vlans: tuple[int, ...]) -> Packet | None:
         return None
     addresses = int.from_bytes(source), int.from_bytes(destination)
     end = min(at + total, len(data))
-    return Packet(vlans, 4, *addresses, protocol, ttl, at, at + header, end, bool(fragment & 0x3FFF))
+    pieces = bool(fragment & 0x3FFF), bool(fragment & 0x1FFF)  # more fragments, or an offset; an offset
+    return Packet(vlans, 4, *addresses, protocol, ttl, at, at + header, end, *pieces)
 
 
 def _walk_v6(data: bytes, ip: int, vlans: tuple[int, ...]) -> Packet | None:
@@ -87,28 +93,32 @@ def _walk_v6(data: bytes, ip: int, vlans: tuple[int, ...]) -> Packet | None:
         return None
     _, payload, following, hops, source, destination = _V6.unpack_from(data, ip)
     at = ip + _V6.size
-    end, fragment = min(at + payload, len(data)), False
+    end, fragment = min(at + payload, len(data)), 0
     while following in _EXTENSIONS or following == _FRAGMENT:
         if end - at < 8:
             return None
         if following == _FRAGMENT:
-            fragment |= bool(int.from_bytes(data[at + 2 : at + 4]) & 0xFFF9)
+            fragment |= int.from_bytes(data[at + 2 : at + 4]) & 0xFFF9
         size = 8 if following == _FRAGMENT else (data[at + 1] + 1) * 8
         following, at = data[at], at + size
     if at > end:
         return None
     addresses = int.from_bytes(source), int.from_bytes(destination)
-    return Packet(vlans, 6, *addresses, following, hops, ip, at, end, fragment)
+    return Packet(vlans, 6, *addresses, following, hops, ip, at, end, bool(fragment), fragment > 1)
 
 
-def datagram(data: bytes, packet: Packet) -> Datagram | None:
-    """The UDP datagram in a packet, as far as it was captured; None when it is something else or a fragment."""
-    if packet.protocol != IPPROTO_UDP or packet.fragment or packet.end - packet.start < _UDP.size:
+def datagram(data: bytes, packet: Packet, *, pieces: bool = False) -> Datagram | None:
+    """The UDP datagram in a packet, as far as it was captured; None when it is something else, or a fragment.
+
+    `pieces`: the first fragment will do.
+    """
+    wanted = not packet.later if pieces else not packet.fragment
+    if packet.protocol != IPPROTO_UDP or not wanted or packet.end - packet.start < _UDP.size:
         return None
     source_port, port, length, _ = _UDP.unpack_from(data, packet.start)
     if length < _UDP.size:
         return None
-    return Datagram(source_port, port, packet.start + 8, min(packet.start + length, packet.end))
+    return Datagram(source_port, port, packet.start + 8, min(packet.start + length, packet.end), length - 8)
 
 
 def segments(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,57 @@
+"""The part of the API that looks at the wire itself.
+
+Owns its paths and how answers are streamed; what they do is in observe. It is for those who may change rules, too,
+since packets may hold anything: hence POST, which peers and tokens that may only look are refused. Nothing here
+blocks.
+"""
+
+import contextlib
+import json
+from collections.abc import AsyncGenerator
+from typing import Annotated, Any, Final, TypeVar
+
+from fastapi import Body, FastAPI, Response
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, WithJsonSchema
+
+from mrelay.control import views
+from mrelay.control.relay import Relay
+
+LINES: Final = "application/x-ndjson"  # a JSON object a line
+
+T = TypeVar("T")
+DiscoverTable = Annotated[dict[str, Any], Body(), WithJsonSchema(views.DISCOVER_SCHEMA)]
+
+
+def add_observing(app: FastAPI, relay: Relay) -> None:
+    """Add the paths."""
+    errors: dict[str, Any] = {"model": views.Errors}
+    refused: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 403, 422, 503), errors)
+    lines: dict[int | str, dict[str, Any]] = {200: {"content": {LINES: {"schema": _schema(views.Discovered)}}}}
+
+    @app.post("/v1/discover", response_class=StreamingResponse, responses={**refused, **lines})
+    async def discover(what: DiscoverTable) -> Response:
+        """What streams there are on an interface: a line of JSON about every second, each in place of the last."""
+        found = await begun(relay.observe.discover(what))
+        return StreamingResponse((json.dumps(view) + "\n" async for view in found), media_type=LINES)
+
+
+async def begun(stream: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+    """The same stream, of which we know that it begins; raises what keeps it from that."""
+    try:
+        first = await anext(stream)
+    except StopAsyncIteration:
+        return stream
+
+    async def whole() -> AsyncGenerator[T, None]:
+        async with contextlib.aclosing(stream):
+            yield first
+            async for one in stream:
+                yield one
+
+    return whole()
+
+
+def _schema(model: type[BaseModel]) -> dict[str, Any]:
+    """For what is streamed, which FastAPI does not describe by itself."""
+    return model.model_json_schema(mode="serialization")
