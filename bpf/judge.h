@@ -83,10 +83,15 @@ ALWAYS_INLINE void count_error(const struct frame *frame, struct output *output)
     __sync_fetch_and_add(&output->errors, frame->datagrams);
 }
 
-ALWAYS_INLINE void count_carried(const struct frame *frame, const struct flow *flow)
+ALWAYS_INLINE struct count *count_of(const struct flow *flow)
 {
     __u32 index = bpf_get_smp_processor_id() * flows_per_processor + flow->slot;
-    struct count *count = bpf_map_lookup_elem(&counts, &index);
+    return bpf_map_lookup_elem(&counts, &index);
+}
+
+ALWAYS_INLINE void count_carried(const struct frame *frame, const struct flow *flow)
+{
+    struct count *count = count_of(flow);
     if (!count)
         return;
     count->packets += frame->datagrams;

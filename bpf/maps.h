@@ -31,6 +31,7 @@ SHARED_ARRAY(outputs, struct output);
 SHARED_ARRAY(hops, struct hop);
 SHARED_ARRAY(counts, struct count);
 SHARED_ARRAY(passed, __u64);
+SHARED_ARRAY(limits, struct limit);
 SHARED_ARRAY(progress, struct progress);
 
 struct {

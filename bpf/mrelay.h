@@ -43,6 +43,8 @@ struct flow {
     __u32 left;    /* F at tc: frames left to the slow path ... */
     __u32 entered; /* R: ... and those that came to its rings: the kernel may hold some of a list in between */
     __u32 unheard; /* F, X: the tick at which no listener was found */
+    __u32 limit;   /* of the one rule that all its outputs are from: index into `limits` + 1; 0: no rate */
+    __u32 reserved;
 };
 
 /* ---- route: mmapped array of __u32, indices into `outputs` (W) ---- */
@@ -86,6 +88,20 @@ struct hop {
 struct count {
     __u64 packets; /* datagrams: segments of merged frames counted each */
     __u64 bytes;   /* of UDP payload */
+    __u64 limited; /* datagrams that ended here, for their rule's rate */
+};
+
+/* ---- limits: mmapped array, [worker][rule]: token buckets of rules with a rate (W; `due`: F, atomically) ---- */
+
+struct meter {
+    __u64 cost;  /* of one unit, in 2^-16 ns; 0: no limit */
+    __u64 burst; /* ns that may be saved */
+    __u64 due;   /* CLOCK_MONOTONIC in ns, up to which what passed is paid for */
+};
+
+struct limit {
+    struct meter datagrams;
+    struct meter bytes; /* of UDP payload */
 };
 
 /* ---- passed: mmapped array of __u64, [processor][PASSED_REASONS]: frames left to the slow path (F) ---- */
@@ -112,6 +128,7 @@ enum why_not_xdp {
     XDP_HOP,        /* its output's interface takes none from XDP */
     XDP_PARTIAL,    /* the UDP checksum is for hardware to complete: the sender is on this host */
     XDP_NO_ROOM,    /* the driver has no room for a stamp */
+    XDP_RATE,       /* its rule has a rate, which tc keeps */
 };
 
 /* ---- progress: mmapped array, one for each worker; each writer has a cache line of its own ---- */

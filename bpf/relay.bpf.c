@@ -3,6 +3,7 @@
  * All or nothing: outputs are looked at first, and a frame that one of them can't take here is left to the slow
  * path as a whole, which gets every frame that this program passes on. A frame that ends here was counted. */
 #include "judge.h"
+#include "limit.h"
 #include "maps.h"
 #include "rewrite.h"
 #include "skb.h"
@@ -156,6 +157,8 @@ ALWAYS_INLINE int carry(struct frame *frame, struct flow *flow, struct bpf_sock_
         __sync_fetch_and_add(&flow->left, 1);
         return pass(frame->skb, reason, COUNTED);
     }
+    if (flow->limit && !admit(frame, flow))
+        return TC_ACT_SHOT;
     count_carried(frame, flow);
     if (frame->skb->vlan_present)
         bpf_skb_vlan_pop(frame->skb);

@@ -113,9 +113,10 @@ ALWAYS_INLINE int send(const struct frame *frame, struct flow *flow, struct outp
 
 ALWAYS_INLINE int carry(struct frame *frame, struct flow *flow, struct bpf_sock_tuple *tuple, __u32 size)
 {
-    if (flow->length != 1) {
-        if (flow->why != XDP_OUTPUTS)
-            flow->why = XDP_OUTPUTS;
+    if (flow->length != 1 || flow->limit) {
+        __u32 why = flow->limit ? XDP_RATE : XDP_OUTPUTS;
+        if (flow->why != why)
+            flow->why = why;
         return XDP_PASS;
     }
     struct output *output = output_at(flow->start);

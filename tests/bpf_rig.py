@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import struct
+import time
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -11,7 +12,8 @@ import numpy as np
 from mrelay.ebpf import layout, load
 from mrelay.kernel import bpf, libbpf
 
-TC_ACT_REDIRECT: Final = 7  # linux/pkt_cls.h
+TC_ACT_SHOT: Final = 2  # linux/pkt_cls.h
+TC_ACT_REDIRECT: Final = 7
 TCX_NEXT: Final = -1  # linux/bpf.h
 XDP_PASS: Final = 2
 XDP_REDIRECT: Final = 4
@@ -28,6 +30,7 @@ _DTYPES: Final[dict[str, Any]] = {
     # elements of an array lie 8 bytes apart at least
     "route": {"names": ["output"], "formats": ["<u4"], "itemsize": 8},
     "outputs": layout.OUTPUT, "hops": layout.HOP, "counts": layout.COUNT, "passed": "<u8",
+    "limits": layout.LIMIT,
     "progress": layout.PROGRESS,
 }  # fmt: skip
 
@@ -110,6 +113,7 @@ class FastPath:
         slot: int = 0,
         state: int = 0,
         stamp: int = 0,
+        limit: int = 0,
     ) -> None:
         """A flow with these outputs, at the start of the first half. `stamp`: given by XDP, and seen at tc."""
         for i, output in enumerate(outputs):
@@ -122,7 +126,7 @@ class FastPath:
             at["multicast"] = ipaddress.ip_address(output.address).is_multicast
             self.arrays["route"][i]["output"] = i
         stamps = stamp, stamp
-        value = struct.pack("<QIIIIIIQQ16x", tail, worker, slot, 0, len(outputs), 0, state, *stamps)
+        value = struct.pack("<QIIIIIIQQ16xI4x", tail, worker, slot, 0, len(outputs), 0, state, *stamps, limit)
         self.flows[4 if len(flow) == 16 else 6].update(flow, value)
 
     def enter(self, flow: bytes) -> None:
@@ -158,3 +162,13 @@ class FastPath:
         """Datagrams and bytes of payload carried for a slot."""
         counts = self.arrays["counts"].reshape(-1, self.sizes.flows)[:, slot]
         return int(counts["packets"].sum()), int(counts["bytes"].sum())
+
+    def limited(self, slot: int = 0) -> int:
+        """Datagrams of a slot that its rule's rate withheld."""
+        return int(self.arrays["counts"].reshape(-1, self.sizes.flows)[:, slot]["limited"].sum())
+
+    def set_rate(self, meter: str, rate: float, burst: float) -> None:
+        """Of rule slot 0 of worker 0: units a second, and how many may be saved."""
+        at = self.arrays["limits"][0][meter]
+        at["cost"], at["burst"] = round(65536e9 / rate), round(1e9 * burst / rate)
+        at["due"] = time.monotonic_ns() - int(at["burst"]) & (1 << 64) - 1

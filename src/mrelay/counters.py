@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mrelay.counters_size import HEADER, MAX_LINKS, MAX_RULES, counters_size
 
-MAGIC: Final = 0x6D72656C61790002  # "mrelay", layout 2
+MAGIC: Final = 0x6D72656C61790003  # "mrelay", layout 3
 
 # README.md says what each means; the index is the slot in `drops`.
 DROP_REASONS: Final = (
@@ -60,8 +60,8 @@ class Counters:
     `totals` u64[8]: received, matched, carried. `drops` u64[len(DROP_REASONS)]. `keys` u64[5, F]: source high
     and low, group high and low, then port | vlan << 16 | family << 32 | ifindex << 40 (0: empty slot).
     `flows` u64[2, F]: packets, bytes; `folded`, the part of
-    them that `rules` and `links` have; `kernel`, what the fast path's own counters of the slot held when they were
-    last added to `flows`. `rules` u64[2, MAX_RULES]: packets, bytes.
+    them that `rules` and `links` have; `kernel` u64[3, F], what the fast path's own counters of the slot held when
+    they were last added: packets, bytes, and what a rate withheld. `rules` u64[2, MAX_RULES]: packets, bytes.
     `links` u64[3, MAX_LINKS]: packets, bytes, errors.
     """
 
@@ -72,7 +72,7 @@ class Counters:
         self.totals = words[8:16]
         self.drops = words[16 : 16 + len(DROP_REASONS)]
         flows = (2, flow_limit)
-        shapes: list[Sequence[int]] = [(5, flow_limit), flows, flows, flows, (2, MAX_RULES)]
+        shapes: list[Sequence[int]] = [(5, flow_limit), flows, flows, (3, flow_limit), (2, MAX_RULES)]
         blocks: list[U64] = []
         start = HEADER
         for rows, columns in [*shapes, (3, MAX_LINKS)]:

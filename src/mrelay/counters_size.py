@@ -10,5 +10,5 @@ HEADER: Final = 64  # u64 words: magic, flow capacity, then totals from word 8, 
 
 def counters_size(flow_limit: int) -> int:
     """Bytes of shared memory for a table of `flow_limit` flows."""
-    words = HEADER + 11 * flow_limit + 2 * MAX_RULES + 3 * MAX_LINKS
+    words = HEADER + 12 * flow_limit + 2 * MAX_RULES + 3 * MAX_LINKS
     return -(-words * 8 // mmap.PAGESIZE) * mmap.PAGESIZE

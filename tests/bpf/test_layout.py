@@ -1,14 +1,17 @@
 """bpf/mrelay.h and layout.py describe the same memory: the compiled programs' BTF against NumPy's dtypes."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from mrelay.ebpf import layout, load
 
 pytestmark = pytest.mark.netns
-STRUCTS = {
+STRUCTS: dict[str, Any] = {
     "flow4_key": layout.FLOW4_KEY, "flow6_key": layout.FLOW6_KEY, "flow": layout.FLOW, "output": layout.OUTPUT,
-    "hop": layout.HOP, "count": layout.COUNT, "progress": layout.PROGRESS, "range_key": layout.RANGE_KEY,
+    "hop": layout.HOP, "count": layout.COUNT, "meter": layout.METER, "limit": layout.LIMIT,
+    "progress": layout.PROGRESS, "range_key": layout.RANGE_KEY,
 }  # fmt: skip
 
 

@@ -23,10 +23,9 @@ from netns.relay import Relay
 CAP_PERFMON, CAP_BPF = 38, 39  # linux/capability.h
 _PIDFD_GETFD: Final = 438  # asm-generic/unistd.h; the same on every machine
 _FLOW: Final = np.dtype(layout.FLOW).itemsize
-_KINDS: Final = {  # map type (linux/bpf.h), key and value bytes: no two of the relay's maps share them
+_KINDS: Final = {  # map type (linux/bpf.h), key and value bytes: only `limits` shares them, with `hops`
     (1, 16, _FLOW): "flows4", (1, 40, _FLOW): "flows6", (2, 4, 4): "route", (2, 4, 64): "outputs",
-    (2, 4, 48): "hops",
-    (2, 4, 16): "counts", (2, 4, 8): "passed", (2, 4, 128): "progress", (11, 28, 4): "ranges",
+    (2, 4, 48): "hops", (2, 4, 24): "counts", (2, 4, 8): "passed", (2, 4, 128): "progress", (11, 28, 4): "ranges",
 }  # fmt: skip
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -66,6 +65,8 @@ def open_maps(pid: int) -> Maps:
         fields = _fields(pid, fd)
         shape = tuple(int(fields.get(name, -1)) for name in ("map_type", "key_size", "value_size"))
         name = _KINDS.get(shape)  # type: ignore[arg-type]
+        if name == "hops" and int(fields["max_entries"]) != layout.HOPS:
+            name = "limits"
         if name is not None and name not in fds:
             fds[name], entries[name] = _stolen(pid, int(fd)), int(fields["max_entries"])
     workers, halves = entries["progress"], layout.HALVES

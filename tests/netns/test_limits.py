@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from netns import fast
 from netns.lab import End, Lab
 from netns.relay import Relay, rule
 from netns.traffic import Receiver, Sender, number, payloads
@@ -43,6 +44,36 @@ def test_a_rate_is_kept_and_costs_no_other_rule(lab: Lab, segmented: bool) -> No
         assert passed["all"] == stats["matched"] == len(sent)
         assert PPS * elapsed / 3 < passed["slow"] < BURST + PPS * elapsed + 64, "64: a bucket may end in debt"
         numbers = [number(payload) for payload in slow.receive(passed["slow"])]
+        assert numbers == sorted(set(numbers)), "what passes is in order, and none twice"
+
+
+def test_the_kernel_keeps_a_rate_too(lab: Lab) -> None:
+    """What a flow's only rule allows; the rest is counted. A new rate is in force at once."""
+    fast.require()
+    star = lab.star()
+    config = rule("slow", f"in0:{GROUP}:5000", f"out0:{OUT}:6000", rate=f"{PPS}pps")
+    with (
+        Receiver(star.sink, "k0", 6000, OUT) as sink,
+        Sender(star.source) as sender,
+        Relay(star.relay, config) as relay,
+    ):
+        sender.send(GROUP, 5000, payloads(1))
+        offered = relay.await_received(1)["received"]
+        for pps in (PPS, 4 * PPS):
+            slow = {"name": "slow", "from": f"in0:{GROUP}:5000", "to": [f"out0:{OUT}:6000"], "rate": f"{pps}pps"}
+            assert relay.request("PUT", "/v1/rules", {"rules": [slow]})[0] == 200
+            start, before, sent = time.monotonic(), relay.stats()["matched"], payloads(20_000, 100, first=offered)
+            for first in range(0, len(sent), 50):
+                sender.send_segmented(GROUP, 5000, sent[first : first + 50])
+                time.sleep(max(0.0, start + (first + 50) / (10 * PPS) - time.monotonic()))
+            elapsed, offered = time.monotonic() - start, offered + len(sent)
+            stats = relay.await_received(offered)
+            passed = stats["matched"] - before
+            assert pps * elapsed / 3 < passed <= pps * (elapsed + 0.1) + 2 * 64, "64: a bucket may end in debt"
+        assert stats["matched"] + stats["drops"]["rate_limited"] == offered
+        assert stats["drops"]["rate_limited"] > 0
+        fast.await_engine(relay, "ebpf", group=GROUP)
+        numbers = [number(payload) for payload in sink.receive(stats["matched"])]
         assert numbers == sorted(set(numbers)), "what passes is in order, and none twice"
 
 

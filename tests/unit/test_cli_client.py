@@ -40,7 +40,7 @@ FLOW = {
     "port": 5000,
     "worker": 0,
     "engine": "uring",
-    "why": "a rule has a rate",
+    "why": "of several rules, some have a rate",
     "packets": 1234567,
     "bytes": 1234567000,
     "pps": 62_000.0,

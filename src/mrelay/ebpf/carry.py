@@ -38,6 +38,7 @@ NOT_XDP: dict[str, str] = dict(
             "no XDP: the output's interface takes no frames from it",
             "no XDP: the sender, on this host, leaves checksums to hardware",
             "no XDP: the driver lets it put no data before a frame",
+            "no XDP: its rule has a rate",
         ),
         strict=True,
     )
@@ -48,8 +49,8 @@ def why_not(key: FlowKey, route: Route) -> str:
     """Why the fast path can't carry the flow along this route; empty when it can."""
     if not route.destinations:
         return "it goes nowhere"
-    if route.limited:
-        return "a rule has a rate"
+    if route.limited and (len(route.limited) > 1 or 0 in route.masks):
+        return "of several rules, some have a rate"
     for to in route.destinations:
         if to.family != key.family:
             return f"an output is IPv{to.family}, the stream IPv{key.family}"

@@ -7,7 +7,7 @@ NumPy dtype descriptions all the same. Tests compare them with the compiled prog
 from dataclasses import dataclass
 from typing import Final
 
-from mrelay.counters_size import MAX_LINKS
+from mrelay.counters_size import MAX_LINKS, MAX_RULES
 
 HALVES: Final = 2  # of a worker's routes and outputs: one in use while the other is built anew
 HOPS: Final = 2 * MAX_LINKS  # numbers of egress sockets
@@ -21,7 +21,7 @@ PASSED: Final = ("no_flow", "shape", "ttl", "too_big", "hop", "waiting", "listen
 PASSED_REASONS: Final = 8
 CARRIED: Final = PASSED_REASONS  # flow.state: this path sent its last frame on, at tc
 CARRIED_XDP: Final = CARRIED + 1  # the same by XDP
-WHY_NOT_XDP: Final = ("saw_none", "order", "outputs", "hop", "partial", "no_room")
+WHY_NOT_XDP: Final = ("saw_none", "order", "outputs", "hop", "partial", "no_room", "rate")
 HELD_MARK: Final = 0x6D72656C
 
 Fields = list[tuple[str, str] | tuple[str, str, int]]
@@ -35,6 +35,7 @@ FLOW: Final[Fields] = [
     ("tail", "<u8"), ("worker", "<u4"), ("slot", "<u4"), ("start", "<u4"), ("length", "<u4"),
     ("waited", "<u4"), ("state", "<u4"), ("given", "<u8"), ("seen", "<u8"), ("why", "<u4"),
     ("left", "<u4"), ("entered", "<u4"), ("unheard", "<u4"),
+    ("limit", "<u4"), ("reserved", "<u4"),
 ]  # fmt: skip
 OUTPUT: Final[Fields] = [
     ("address", "u1", 16), ("source", "u1", 16), ("port", ">u2"), ("source_port", ">u2"), ("hop", "<u4"),
@@ -45,7 +46,9 @@ HOP: Final[Fields] = [
     ("flags", "<u4"), ("ifindex", "<u4"), ("mtu", "<u4"), ("mac", "u1", 6), ("own_mac", "u1", 6),
     ("reserved", "u1", 8), ("source", "u1", 16),
 ]  # fmt: skip
-COUNT: Final[Fields] = [("packets", "<u8"), ("bytes", "<u8")]
+COUNT: Final[Fields] = [("packets", "<u8"), ("bytes", "<u8"), ("limited", "<u8")]
+METER: Final[Fields] = [("cost", "<u8"), ("burst", "<u8"), ("due", "<u8")]
+LIMIT: Final = [("datagrams", METER), ("bytes", METER)]
 PROGRESS: Final[Fields] = [
     ("accepted", "<u8"), ("accepted_long", "<u8"), ("pad", "<u8", 6),
     ("drained", "<u8"), ("half", "<u8"), ("sent", "<u8"), ("sent_long", "<u8"), ("room", "<u8"),
@@ -54,7 +57,7 @@ PROGRESS: Final[Fields] = [
 RANGE_KEY: Final[Fields] = [("prefixlen", "<u4"), ("ifindex", "<u4"), ("family", "<u4"), ("address", "u1", 16)]
 
 # The maps in the order in which their descriptors are passed to control and workers (messages.FastPath).
-MAPS: Final = ("flows4", "flows6", "route", "outputs", "hops", "counts", "passed", "progress", "ranges")
+MAPS: Final = ("flows4", "flows6", "route", "outputs", "hops", "counts", "passed", "limits", "progress", "ranges")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,7 @@ class Sizes:
             "hops": HOPS,
             "counts": self.cpus * self.flows,
             "passed": self.cpus * PASSED_REASONS,
+            "limits": self.workers * MAX_RULES,
             "progress": self.workers,
             "ranges": RANGES,
         }
@@ -93,6 +97,10 @@ class Sizes:
     def first_slot(self, worker: int) -> int:
         """Slot 0 of a worker in `counts` of one processor."""
         return worker * self.slots
+
+    def first_limit(self, worker: int) -> int:
+        """Rule slot 0 of a worker in `limits`."""
+        return worker * MAX_RULES
 
     def first_route(self, worker: int, half: int) -> int:
         """Where a half of a worker's lists begins in `route`."""
@@ -103,7 +111,7 @@ class Sizes:
         return (worker * HALVES + half) * self.outputs
 
 
-_COUNTS_MOST: Final = 1 << 24  # entries of `counts`: 256 MB at most, on hosts with many processors
+_COUNTS_MOST: Final = 1 << 23  # entries of `counts`: 200 MB at most, on hosts with many processors
 
 
 def sizes(workers: int, flow_limit: int, cpus: int) -> Sizes:

@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from mrelay.counters_size import MAX_RULES
 from mrelay.ebpf import layout
 from mrelay.ebpf.layout import MAPS, PASSED_REASONS, Sizes
 from mrelay.kernel.bpf import Map, map_memory
@@ -45,7 +46,8 @@ def flow_key(key: FlowKey) -> bytes:
 
 class Maps:
     """All of them. `flows` by family; `route` u64 (an array's elements lie 8 bytes apart), `outputs` and `hops` of
-    their structs, `counts` u64 [processor, slot, (packets, bytes)], `passed` u64 [processor, reason], `progress`
+    their structs, `counts` u64 [processor, slot, (packets, bytes, limited)], `limits`
+    [worker, rule] of its struct, `passed` u64 [processor, reason], `progress`
     u64 [worker, 16].
     """
 
@@ -69,8 +71,9 @@ class Maps:
         self.route: U64 = memory("route", np.uint64)
         self.outputs = memory("outputs", layout.OUTPUT)
         self.hops = memory("hops", layout.HOP)
-        self.counts: U64 = memory("counts", (np.uint64, 2)).reshape(sizes.cpus, sizes.flows, 2)
+        self.counts: U64 = memory("counts", (np.uint64, 3)).reshape(sizes.cpus, sizes.flows, 3)
         self.passed: U64 = memory("passed", np.uint64).reshape(sizes.cpus, PASSED_REASONS)
+        self.limits = memory("limits", layout.LIMIT).reshape(sizes.workers, MAX_RULES)
         self.progress: U64 = memory("progress", (np.uint64, 16))
 
     def all_flows(self, family: int) -> tuple[NDArray[Any], NDArray[Any]]:

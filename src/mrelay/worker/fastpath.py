@@ -8,30 +8,36 @@ bpf/mrelay.h for who writes what, and docs/decisions/D36 for the hand-over.
 import ipaddress
 import logging
 import struct
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mrelay.counters import CARRIED as TOTAL_CARRIED
-from mrelay.counters import MATCHED, RECEIVED, Counters
+from mrelay.counters import MATCHED, RATE_LIMITED, RECEIVED, Counters
 from mrelay.ebpf.carry import why_not
 from mrelay.ebpf.layout import CARRIED, CARRIED_XDP, DSCP_KEEP, PASSED, TAIL_UNKNOWN
 from mrelay.ebpf.maps import Maps, flow_key
 from mrelay.model.ruleset import FlowKey, Route
 from mrelay.worker.egress import Entry
+from mrelay.worker.limits import BURST, LEAST
 
 log = logging.getLogger("mrelay.worker")
 
-_FLOW: Final = struct.Struct("=QIIIIIIQQ4I")  # bpf/mrelay.h, struct flow
+_FLOW: Final = struct.Struct("=QIIIIIIQQ6I")  # bpf/mrelay.h, struct flow
 _NEW: Final = PASSED.index("waiting")
 # Words of struct progress.
 _ACCEPTED, _ACCEPTED_LONG, _DRAINED, _HALF, _SENT, _SENT_LONG, _ROOM, _ROOM_LONG = 0, 1, *range(8, 14)
 U64 = NDArray[np.uint64]
 Slots = NDArray[np.intp]
 Place = tuple[int, int]  # struct flow: start, length
-_LEFT: Final = (-1, 0)  # of a flow that was there before us: none of our places
+Plan = tuple[Place, int]  # and limit
+_SECOND: Final = 10**9  # ns
+_U64_MOST: Final = (1 << 64) - 1
+_MOST_COST: Final = 1 << 46  # struct meter: more, and a frame's cost would overflow
+_LEFT: Final = ((-1, 0), 0)  # of a flow that was there before us: none of our places
 
 
 class FastPath:
@@ -39,10 +45,11 @@ class FastPath:
 
     def __init__(self, maps: Maps, worker: int, counters: Counters) -> None:
         self._maps, self._worker, self._counters = maps, worker, counters
-        self._first = maps.sizes.first_slot(worker)
+        self._first, self._first_limit = maps.sizes.first_slot(worker), maps.sizes.first_limit(worker)
         self._counts = maps.counts[:, self._first : self._first + maps.sizes.slots]
         self._progress = memoryview(maps.progress[worker]).cast("B").cast("Q")
-        self.installed: dict[int, Place] = {}
+        self.installed: dict[int, Plan] = {}
+        self._rates: dict[int, tuple[int, int]] = {}
         self._slots: Slots | None = None  # those of `installed`, when they were last asked for
         if counters.fresh:  # what an earlier relay's flows counted is not ours
             sums = self._counts.sum(axis=0, dtype=np.uint64).T
@@ -106,12 +113,13 @@ class FastPath:
         able = forward and slot < self._maps.sizes.slots and not why_not(key, route)
         if able and all(entry.sock is not None for entry in entries):
             place = self._place(entries)
+        limit = self._first_limit + route.limited[0] + 1 if route.limited else 0
         if place is None:
             self.remove(slot, key)
-        elif self.installed.get(slot) != place:
-            self._install(slot, key, place)
+        elif self.installed.get(slot) != (place, limit):
+            self._install(slot, key, place, limit)
 
-    def _install(self, slot: int, key: FlowKey, place: Place) -> None:
+    def _install(self, slot: int, key: FlowKey, place: Place, limit: int) -> None:
         flows, name = self._maps.flows[key.family], flow_key(key)
         tail, state, stamp = TAIL_UNKNOWN, _NEW, 0
         before = flows.lookup(name)
@@ -121,13 +129,13 @@ class FastPath:
                 tail, state = old[0], old[6]
             if old[6] == CARRIED_XDP:  # nor between XDP and tc
                 stamp = 1
-        values = tail, self._worker, self._first + slot, *place, 0, state, stamp, stamp, 0, 0, 0, 0
+        values = tail, self._worker, self._first + slot, *place, 0, state, stamp, stamp, *(0, 0, 0, 0), limit, 0
         try:
             flows.update(name, _FLOW.pack(*values))
         except OSError as error:
             log.warning("a flow can't be given to the fast path (%s): it stays on the slow path", error.strerror)
             return
-        self.installed[slot] = place
+        self.installed[slot] = place, limit
         self._slots = None
 
     def remove(self, slot: int, key: FlowKey) -> None:
@@ -173,6 +181,20 @@ class FastPath:
             last = int(key["port"]) | int(key["vlan"]) << 16 | family << 32 | int(key["ifindex"]) << 40
             yield name, slot, [source >> 64, source & low, group >> 64, group & low, last]
 
+    def limits(self, rates: Mapping[int, tuple[int, int]]) -> None:
+        """The rules in these slots have such rates now, in datagrams and in bits a second; 0: no limit."""
+        for rule, rate in rates.items():
+            if self._rates.get(rule) != rate:
+                self._limit(rule, *rate)
+        self._rates = dict(rates)
+
+    def _limit(self, rule: int, pps: int, bps: int) -> None:
+        limit = self._maps.limits[self._worker, rule]
+        for meter, rate, least in ((limit["datagrams"], pps, LEAST[0]), (limit["bytes"], bps / 8, LEAST[1])):
+            meter["cost"] = min(round(_SECOND / rate * 65536), _MOST_COST) if rate else 0
+            meter["burst"] = round(_SECOND * max(BURST, least / rate)) if rate else 0
+            meter["due"] = (time.monotonic_ns() - int(meter["burst"])) & _U64_MOST
+
     # ---- counts ----------------------------------------------------------------------------
 
     def collect(self) -> Slots:
@@ -190,12 +212,13 @@ class FastPath:
         counters = self._counters
         now = self._counts[:, slots].sum(axis=0, dtype=np.uint64).T
         fresh = now - counters.kernel[:, slots]
-        active = fresh[0] != 0
+        active = (fresh[0] | fresh[2]) != 0
         slots, fresh = slots[active], fresh[:, active]
         counters.kernel[:, slots] += fresh
-        counters.flows[:, slots] += fresh
-        total = fresh[0].sum(dtype=np.uint64)
-        counters.totals[RECEIVED] += total
+        counters.flows[:, slots] += fresh[:2]
+        total, limited = fresh[0].sum(dtype=np.uint64), fresh[2].sum(dtype=np.uint64)
+        counters.totals[RECEIVED] += total + limited
+        counters.drops[RATE_LIMITED] += limited
         counters.totals[MATCHED] += total
         counters.totals[TOTAL_CARRIED] += total
         return slots

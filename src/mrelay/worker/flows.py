@@ -276,7 +276,7 @@ class FlowTable:
         self.withheld[slot] = 0 not in route.masks
         self.verdict[slot] = self._judge(key, route)
         if self.fast is not None:
-            self.fast.follow(slot, key, route, entries, forward=self.verdict[slot] == FORWARD)
+            self.fast.follow(slot, key, route, entries, forward=self.verdict[slot] in (FORWARD, LIMITED))
 
     def _judge(self, key: FlowKey, route: Route) -> int:
         if route is NOWHERE:
@@ -354,6 +354,8 @@ class FlowTable:
         """Route anew the flows to addresses that `touched` names (old and new forms of what changed)."""
         self.fold()
         self.limits.follow(self.rules)
+        if self.fast is not None:
+            self.fast.limits(self.limits.rules)
         flows = [(slot, flow) for slot, flow in enumerate(self.flows) if flow is not None]
         if self.routes.end > 2 * sum(len(flow.entries) for _, flow in flows) + 1024:
             self._reset_routes()

@@ -16,8 +16,8 @@ from mrelay.counters_size import MAX_RULES
 from mrelay.messages import PutRule
 
 MOST: Final = 64  # limited rules of one flow that are told apart; further ones share the last one's verdict
-_BURST: Final = 0.1  # seconds' worth that may come at once
-_LEAST: Final = (64.0, 65536.0)  # and at least: datagrams, bytes
+BURST: Final = 0.1  # seconds' worth that may come at once
+LEAST: Final = (64.0, 65536.0)  # and at least: datagrams, bytes
 _UNLIMITED: Final = 1e18  # a rate that no stream has, small enough to reckon with
 I64 = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -44,7 +44,7 @@ class Limits:
             self._rate, self._burst, self._tokens = (np.zeros((2, MAX_RULES)) for _ in range(3))
             self._filled = np.zeros(MAX_RULES)
         self._rate[:, slot] = pps or _UNLIMITED, bps / 8 or _UNLIMITED
-        self._burst[:, slot] = np.maximum(self._rate[:, slot] * _BURST, _LEAST)
+        self._burst[:, slot] = np.maximum(self._rate[:, slot] * BURST, LEAST)
         self._tokens[:, slot] = self._burst[:, slot]
         self._filled[slot] = time.monotonic()
 

@@ -124,6 +124,7 @@ class Worker:
             case FastPath() if fds:
                 maps = Maps(fds, sizes_of(message))
                 self.fast = self.table.fast = fastpath.FastPath(maps, self._number, self.counters)
+                self.fast.limits(self.table.limits.rules)
             case LogLevel(role, level):
                 logs.set_level(role, level, mine=True)
             case Stop():
