@@ -72,6 +72,9 @@ def output_tables(draw: st.DrawFn, version: Version | None = None) -> Table:
 
 
 _numbers = st.integers(1, 10**12)
+healths = st.sampled_from(
+    ["rtp,loss=1%", "auto", "sequence,offset=4,size=2", {"format": "mpegts", "silence": "off"}]
+)
 rates = st.one_of(
     _numbers.map(lambda n: f"{n}pps"),
     _numbers.map(lambda n: f"{n}bit/s"),
@@ -87,7 +90,7 @@ def rule_tables(draw: st.DrawFn) -> Table:
     # Told apart by interface, so no two are the same.
     outputs = draw(st.lists(output_tables(version), min_size=1, max_size=4, unique_by=lambda t: t["interface"]))
     return {"name": draw(names), "from": origin, "to": outputs, "allow_loop": True} | draw(
-        st.fixed_dictionaries({}, optional={"link_local": st.booleans(), "rate": rates})
+        st.fixed_dictionaries({}, optional={"link_local": st.booleans(), "rate": rates, "health": healths})
     )
 
 

@@ -78,7 +78,7 @@ async def _read(workers: Workers, sampler: Sampler) -> None:
         text = json.dumps(answer, allow_nan=False)
         model.model_validate_json(text)
     rules: dict[str, Any] = {"rules": [{"name": "a", "state": "up"}]}
-    assert exposition(numbers, states, rules)
+    assert exposition(numbers, states, rules, {"streams": []})
 
 
 def _take_over(counters: Counters) -> None:

@@ -47,6 +47,7 @@ FLOW = {
     "bps": 496_000_000.0,
     "rules": ["studio-a"],
     "outputs": ["eth1:239.2.2.2:6000", "wg0:[fd00::2]:6000,ttl=8"],
+    "health": "rtp: loss 2.5%",
 }
 STATS = {
     "received": 1500,
@@ -338,3 +339,38 @@ def test_follow_goes_on_in_the_next_relay(run: Run, relay: FakeRelay, monkeypatc
     assert status == 130
     assert [json.loads(line) for line in out.splitlines()] == [EVENT, event_8, event_1]
     assert "another one" in err
+
+
+STREAM = {
+    "rule": "studio-a",
+    "source": "10.1.1.9",
+    "group": "239.1.1.1",
+    "port": 5000,
+    "format": "rtp",
+    "seen": "not all",
+    "units": 1900,
+    "lost": 100,
+    "loss": 0.05,
+    "reordered": 20,
+    "duplicates": 40,
+    "restarts": 0,
+    "excused": 7,
+    "bad": 0,
+    "jitter": 0.00163,
+    "silence": 21.3,
+    "details": {"ssrc_changes": 2, "clock": 90000},
+    "alarms": ["loss", "silence"],
+}
+
+
+def test_health_shows_what_each_format_can_tell(relay: FakeRelay, run: Run) -> None:
+    silent = {**STREAM, "rule": "b", "format": "any", "lost": None, "loss": None, "jitter": None, "alarms": []}
+    rule: dict[str, Any] = {"health": "auto", "problem": "", "alarms": []}
+    rules = [{"rule": name, **rule} for name in ("studio-a", "b")]
+    relay.answer("GET /v1/streams", {"streams": [STREAM, silent], "rules": rules, "left_out": 0})
+    out = run("health").out.splitlines()
+    assert " ".join(out[1].split()[:9]) == "studio-a 10.1.1.9 239.1.1.1 5000 rtp not all 1,900 100"
+    assert "5 %" in out[1] and "1.63 ms" in out[1] and "not heard 7, SSRC changes 2" in out[1]
+    assert out[1].endswith("loss, silence") and out[2].split()[8:10] == ["-", "-"]
+    assert len(run("health", "b").out.splitlines()) == 2
+    assert "no rule 'c' asks for health" in run("health", "c").err

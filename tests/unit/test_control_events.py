@@ -37,8 +37,9 @@ def test_an_event_has_an_id_a_time_and_words() -> None:
 
 def test_an_alarm_says_what_is_beyond_what() -> None:
     flow = Flow(interface="eth0", vlan=7, source="10.1.1.1", group="239.1.1.1", port=5000)
-    alarm = Alarm(name="loss", flow=flow, value=2.5, threshold=1, raised=True)
-    assert alarm.say() == "alarm loss of flow eth0 vlan 7 10.1.1.1 -> 239.1.1.1 port 5000 raised: 2.5, threshold 1"
+    alarm = Alarm(rule="a", name="loss", flow=flow, value=2.5, threshold=1, raised=True)
+    flow_text = "flow eth0 vlan 7 10.1.1.1 -> 239.1.1.1 port 5000"
+    assert alarm.say() == f"rule 'a', alarm loss of {flow_text} raised: 2.5, threshold 1"
 
 
 def test_every_kind_says_something_of_its_own() -> None:

@@ -30,7 +30,7 @@ from mrelay.worker.flows import key_words
 RULE_A = {"name": "a", "from": "lo:239.1.1.1:5000", "to": ["lo:239.2.2.2:6000"]}
 RULE_B = {"name": "b", "from": "lo:239.1.1.2:5000-5001,vlan=7", "to": ["lo:*:*,ttl=8", "eth9:*:*"]}
 CONFIG_A = '[[rule]]\nname = "a"\nfrom = "lo:239.1.1.1:5000"\nto = ["lo:239.2.2.2:6000"]\n'
-STATES = {"link_local": False, "allow_loop": False, "rate": None, "state": "up"}
+STATES = {"link_local": False, "allow_loop": False, "rate": None, "health": None, "state": "up"}
 VIEW_A = {**RULE_A, **STATES, "outputs": [{"to": "lo:239.2.2.2:6000", "state": "up"}]}
 
 
@@ -332,7 +332,7 @@ def test_numbers(tmp_path: Path) -> None:
 def test_metrics_of_the_fast_path() -> None:
     stats: dict[str, Any] = {"received": 9, "matched": 9, "drops": {}, "rules": [], "flows": 3}
     fast = {"engines": {"ebpf": 2, "uring": 1}, "carried": 8, "passed": {"no_flow": 4}}
-    text = exposition(stats | fast, {"workers": []}, {"rules": []}).decode()
+    text = exposition(stats | fast, {"workers": []}, {"rules": []}, {"streams": []}).decode()
     assert "mrelay_carried_datagrams_total 8.0" in text
     assert 'mrelay_slow_path_frames_total{reason="no_flow"} 4.0' in text
     assert 'mrelay_engine_flows{engine="ebpf"} 2.0' in text

@@ -96,6 +96,16 @@ COMMANDS: Final = (
         ("mrelay events", "mrelay events --follow", "mrelay events --json --since 42"),
     ),
     Command(
+        "health",
+        "mrelay.cli.health:health",
+        READ,
+        "Show loss, reordering, duplicates and jitter of the streams of rules that ask for it.\n\n"
+        'A rule asks by its key health, for example health = "rtp,loss=0.1%,silence=5s". Formats: rtp (and '
+        "MPEG-TS in it), mpegts, moldudp64, sequence (any field), any (silence alone), auto. What the relay "
+        "itself could not hear is not held against a stream: then SEEN says 'not all'.",
+        ("mrelay health", "mrelay health studio-a --watch", "mrelay health --json"),
+    ),
+    Command(
         "discover",
         "mrelay.cli.discover:discover",
         READ,

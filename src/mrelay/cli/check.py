@@ -61,7 +61,7 @@ def check(
     except Failure as failure:
         raise Failure(*failure.lines, status=FAILED) from failure
     joins = [_join(rule) for rule in config.rules]
-    warnings = [*_engine(config), *_warnings(config.rules)]
+    warnings = [*_engine(config), *_health(config), *_warnings(config.rules)]
     if as_json:
         output.print_json(_report(file, config, joins, warnings))
     else:
@@ -129,6 +129,17 @@ def _how(origin: Input) -> str:
     joined = f"join {output.plural(groups, 'group')}" if groups > 1 else "join"
     one_source = origin.source is not None and origin.source.num_addresses == 1
     return f"{joined} from {text_of(origin.source)}" if one_source and origin.source else joined
+
+
+def _health(config: Config) -> Iterator[Warn]:
+    """XDP takes frames before anything can listen."""
+    at = config.relay.xdp
+    for rule in config.rules:
+        name = rule.from_.interface
+        if rule.health and (at is True or (isinstance(at, tuple) and name in at)):
+            yield Warn(
+                rule.name, f"health is not measured at {name} while xdp is there", f"leave {name} out of xdp"
+            )
 
 
 def _engine(config: Config) -> Iterator[Warn]:

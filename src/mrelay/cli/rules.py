@@ -38,12 +38,20 @@ def add(
     rate: Annotated[
         str | None, Parameter(help="Pass at most this on each worker: 10kpps, 50Mbit/s, or both with a comma.")
     ] = None,
+    health: Annotated[
+        str | None,
+        Parameter(
+            help="Measure its streams: auto, rtp, mpegts, moldudp64, any, or sequence,offset=N,size=N; alarms "
+            "after commas: loss=0.1%, jitter=30ms, silence=5s (or off); sample=10 listens one second in ten."
+        ),
+    ] = None,
     as_json: AsJson = False,
     socket: Socket = DEFAULT_SOCKET,
 ) -> None:
     """POST the rule and say what state it is in."""
     allowed = {key: True for key, on in {"link_local": link_local, "allow_loop": allow_loop}.items() if on}
-    table = {"name": name, "from": from_, "to": list(to), **allowed, **({"rate": rate} if rate else {})}
+    asked = {key: text for key, text in {"rate": rate, "health": health}.items() if text is not None}
+    table = {"name": name, "from": from_, "to": list(to), **allowed, **asked}
     rule = Client(socket).request("POST", "/v1/rules", table)
     if as_json:
         output.print_json(rule)
@@ -120,7 +128,7 @@ def _parse(text: str, file: Path) -> "Config":
 def _table_of(rule: dict[str, Any]) -> dict[str, Any]:
     """The rule as an operator would write it, from what the API lists."""
     table = {key: rule[key] for key in ("name", "from", "to")}
-    return table | {key: rule[key] for key in ("link_local", "allow_loop", "rate") if rule.get(key)}
+    return table | {key: rule[key] for key in ("link_local", "allow_loop", "rate", "health") if rule.get(key)}
 
 
 def _rules_table(answer: dict[str, Any]) -> RenderableType:
@@ -167,7 +175,8 @@ def _line(name: str, rules: dict[str, dict[str, Any]]) -> str:
     rule = rules[name]
     allowed = "".join(f" {key}" for key in ("link_local", "allow_loop") if rule.get(key))
     rate = f" rate {rule['rate']}" if rule.get("rate") else ""
-    return f"{rule['from']} -> {'  '.join(rule['to'])}{allowed}{rate}"
+    health = f" health {rule['health']}" if rule.get("health") else ""
+    return f"{rule['from']} -> {'  '.join(rule['to'])}{allowed}{rate}{health}"
 
 
 def _mention_settings(config: "Config") -> None:

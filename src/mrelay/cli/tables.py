@@ -13,7 +13,7 @@ from mrelay.cli.options import DEFAULT_SOCKET, AsJson, Every, Socket, Watch
 
 _FLOW_COLUMNS: Final = (
     *("INTERFACE", "VLAN", "SOURCE", "GROUP", "PORT", "RULES", "OUTPUTS"),
-    *("PACKETS", "PACKETS/S", "BITRATE", "WORKER", "ENGINE"),
+    *("PACKETS", "PACKETS/S", "BITRATE", "WORKER", "ENGINE", "HEALTH"),
 )
 _FLOW_NUMBERS: Final = ("VLAN", "PORT", "PACKETS", "PACKETS/S", "BITRATE", "WORKER")
 _WORKER_COLUMNS: Final = (
@@ -67,6 +67,7 @@ def _flow_row(flow: dict[str, Any]) -> list[str]:
         output.scaled(flow["bps"], "bit/s"),
         str(flow["worker"]),
         flow["engine"] + (f": {flow['why']}" if flow["why"] else ""),
+        flow["health"] or "-",
     ]
 
 

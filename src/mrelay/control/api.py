@@ -88,7 +88,8 @@ def _add_looking(app: FastAPI, relay: Relay) -> None:
     async def metrics() -> Response:
         """The counters for Prometheus."""
         stats, workers = await relay.stats.stats(), await relay.stats.workers()
-        text = await asyncio.to_thread(exposition, stats, workers, relay.rules())
+        streams = relay.observe.streams.view()
+        text = await asyncio.to_thread(exposition, stats, workers, relay.rules(), streams)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 

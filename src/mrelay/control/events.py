@@ -230,10 +230,14 @@ class DropsSettled(Event):
 
 
 class Alarm(Event):
-    """A measured `value` went beyond its `threshold` (`raised`), or came back. `flow`: null for none."""
+    """What a rule's `health` measures went beyond its `threshold` (`raised`), or came back.
+
+    `flow`: null when the rule has none yet. `value` and threshold: a ratio for loss, else seconds.
+    """
 
     type: Literal["alarm"] = "alarm"
-    name: str
+    rule: str
+    name: Literal["loss", "jitter", "silence"]
     flow: Flow | None
     value: float
     threshold: float
@@ -242,7 +246,7 @@ class Alarm(Event):
     def say(self) -> str:
         of = "" if self.flow is None else f" of flow {self.flow}"
         what = "raised" if self.raised else "cleared"
-        return f"alarm {self.name}{of} {what}: {self.value:g}, threshold {self.threshold:g}"
+        return f"rule '{self.rule}', alarm {self.name}{of} {what}: {self.value:g}, threshold {self.threshold:g}"
 
 
 class Omitted(Event):

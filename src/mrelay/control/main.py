@@ -33,6 +33,7 @@ from mrelay.control.server import Server, UnixProtocol
 from mrelay.control.settings import choose_cores, idle_xdp, override
 from mrelay.control.state import State, StateFile
 from mrelay.control.stats import Stats
+from mrelay.control.streams import Streams
 from mrelay.control.supervisor import Event, RequestFailed, Supervisor
 from mrelay.control.tcp import TcpListener
 from mrelay.control.want import UP, Settings
@@ -217,10 +218,12 @@ class Control:
         sampler = Sampler(self.workers, Noticer(self.events, links.name, fast).sampled)
         self._spawn(sampler.run())
         self._spawn(_flush_logs())
-        stats = Stats(self.workers, book, links, self._reconciler, sampler, fast)
+        streams = Streams(self.supervisor, book, links, self._reconciler, self.events)
+        self._spawn(streams.run())
+        stats = Stats(self.workers, book, links, self._reconciler, sampler, fast, streams)
         host = Host(self._supervisor_started, self._landlock)
         why_not = self._no_fast_path if fast is None else ""
-        observe = Observe(self.supervisor, links, stats)
+        observe = Observe(self.supervisor, links, stats, streams)
         self._relay = Relay(
             book, self._reconciler, self.workers, stats, host, self.supervisor, self.events, observe, why_not
         )

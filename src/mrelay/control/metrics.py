@@ -1,20 +1,22 @@
 """The counters for Prometheus. Owns the metrics' names; called by api, in a thread. Nothing here blocks."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from mrelay.protocols.alarms import KINDS
+
 Table = dict[str, Any]
 
 
 class _Collector(Collector):
-    """Metrics from the objects that /v1/stats, /v1/workers and /v1/rules give."""
+    """Metrics from the objects that /v1/stats, /v1/workers, /v1/rules and /v1/streams give."""
 
-    def __init__(self, stats: Table, workers: Table, rules: Table) -> None:
-        self._stats, self._workers, self._rules = stats, workers, rules
+    def __init__(self, stats: Table, workers: Table, rules: Table, streams: Table) -> None:
+        self._stats, self._workers, self._rules, self._streams = stats, workers, rules, streams
 
     def describe(self) -> Iterable[Metric]:
         return []
@@ -47,6 +49,7 @@ class _Collector(Collector):
         for worker in self._workers["workers"]:
             repairs.add_metric([str(worker["worker"])], worker["repairs"])
         yield repairs
+        yield from self._by_stream()
 
     def _by_engine(self) -> Iterator[Metric]:
         yield CounterMetricFamily(
@@ -90,9 +93,50 @@ class _Collector(Collector):
                     family.add_metric([rule["name"], output["to"]], output[key])
             yield family
 
+    def _by_stream(self) -> Iterator[Metric]:
+        """Of the streams of rules that ask for health. What a format can't tell has no sample."""
+        for name, key, text in _STREAM_COUNTERS:
+            counter = CounterMetricFamily(f"mrelay_stream_{name}", text, labels=_STREAM_LABELS)
+            for stream in self._streams["streams"]:
+                if stream[key] is not None:
+                    counter.add_metric(_stream_labels(stream), stream[key])
+            yield counter
+        for name, key, text in _STREAM_GAUGES:
+            gauge = GaugeMetricFamily(f"mrelay_stream_{name}", text, labels=_STREAM_LABELS)
+            for stream in self._streams["streams"]:
+                if stream[key] is not None:
+                    gauge.add_metric(_stream_labels(stream), stream[key])
+            yield gauge
+        alarms = GaugeMetricFamily(
+            "mrelay_stream_alarm", "1 while it is raised.", labels=[*_STREAM_LABELS, "alarm"]
+        )
+        for stream in self._streams["streams"]:
+            for kind in KINDS:
+                alarms.add_metric([*_stream_labels(stream), kind], kind in stream["alarms"])
+        yield alarms
 
-def exposition(stats: Table, workers: Table, rules: Table) -> bytes:
+
+_STREAM_LABELS: Final = ("rule", "interface", "vlan", "source", "group", "port")
+_STREAM_COUNTERS: Final = (
+    ("units", "units", "What the stream numbers (datagrams, messages, transport packets), without duplicates."),
+    ("lost_units", "lost", "Of these, those that did not come."),
+    ("reordered_units", "reordered", "Those that came after one with a higher number."),
+    ("duplicate_units", "duplicates", "Those that came again."),
+    ("missed", "missed", "Times that the relay could not hear all of it; what is missing there is not lost."),
+)
+_STREAM_GAUGES: Final = (
+    ("loss_ratio", "loss", "Lost of all, over the last ten seconds."),
+    ("jitter_seconds", "jitter", "Interarrival jitter (RFC 3550)."),
+    ("silence_seconds", "silence", "Since the last datagram."),
+)
+
+
+def _stream_labels(stream: Table) -> list[str]:
+    return ["" if stream[label] is None else str(stream[label]) for label in _STREAM_LABELS]
+
+
+def exposition(stats: Table, workers: Table, rules: Table, streams: Table) -> bytes:
     """The text that Prometheus scrapes."""
     registry = CollectorRegistry()
-    registry.register(_Collector(stats, workers, rules))
+    registry.register(_Collector(stats, workers, rules, streams))
     return generate_latest(registry)

@@ -9,6 +9,7 @@ from typing import Any, Final
 from mrelay.control.discovery import Asked, discover
 from mrelay.control.links import Link, LinkTable
 from mrelay.control.stats import Stats
+from mrelay.control.streams import Streams
 from mrelay.control.supervisor import Supervisor
 from mrelay.model.issue import ConfigError, Issue, did_you_mean, show
 
@@ -20,8 +21,9 @@ MOST_SECONDS: Final = 3600.0
 class Observe:
     """Everything that reads taps for a client."""
 
-    def __init__(self, supervisor: Supervisor, links: LinkTable, stats: Stats) -> None:
+    def __init__(self, supervisor: Supervisor, links: LinkTable, stats: Stats, streams: Streams) -> None:
         self._supervisor, self._links, self._stats = supervisor, links, stats
+        self.streams = streams
 
     def discover(self, table: Table) -> AsyncGenerator[Table, None]:
         """/v1/discover: views until the time is over. ConfigError now; RequestFailed at the first of them."""

@@ -15,6 +15,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, WithJsonSchema
 
 from mrelay.control import views
+from mrelay.control.answers import json_of_many
 from mrelay.control.relay import Relay
 
 LINES: Final = "application/x-ndjson"  # a JSON object a line
@@ -28,6 +29,11 @@ def add_observing(app: FastAPI, relay: Relay) -> None:
     errors: dict[str, Any] = {"model": views.Errors}
     refused: dict[int | str, dict[str, Any]] = dict.fromkeys((400, 403, 422, 503), errors)
     lines: dict[int | str, dict[str, Any]] = {200: {"content": {LINES: {"schema": _schema(views.Discovered)}}}}
+
+    @app.get("/v1/streams", response_model=views.Streams)
+    async def streams() -> Response:
+        """The health of the streams of rules that ask for it."""
+        return await json_of_many(relay.observe.streams.view())
 
     @app.post("/v1/discover", response_class=StreamingResponse, responses={**refused, **lines})
     async def discover(what: DiscoverTable) -> Response:

@@ -159,6 +159,7 @@ def _rule_view(rule: Rule, plan: RulePlan | None, trouble: dict[Resource, str]) 
         "link_local": rule.link_local,
         "allow_loop": rule.allow_loop,
         "rate": str(rule.rate) if rule.rate else None,
+        "health": str(rule.health) if rule.health else None,
         "state": rule_state(plan, trouble) if plan and known else STARTING,
         "outputs": [
             {"to": str(output), "state": states[number] if states else STARTING}

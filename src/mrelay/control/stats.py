@@ -18,6 +18,7 @@ from mrelay.control.reconcile import Reconciler
 from mrelay.control.rulebook import Rulebook
 from mrelay.control.sampler import FlowTable, Sampler, flow_table
 from mrelay.control.slots import Slot, Slots
+from mrelay.control.streams import Streams
 from mrelay.control.want import STARTING
 from mrelay.control.workers import Worker, Workers
 from mrelay.counters import DROP_REASONS, U64
@@ -46,8 +47,9 @@ class Stats:
         reconciler: Reconciler,
         sampler: Sampler,
         fast: FastPath | None = None,
+        streams: Streams | None = None,
     ) -> None:
-        self._fast = fast
+        self._fast, self._streams = fast, streams
         self._workers, self._book, self._links = workers, book, links
         self._reconciler, self._sampler = reconciler, sampler
 
@@ -112,6 +114,7 @@ class Stats:
             {slot.index: name for name, slot in slots.rules.items()},
             {slot.index: to for (_, to), slot in slots.links.items()},
             self._links.name,
+            {} if self._streams is None else self._streams.words(),
         )
 
     async def workers(self) -> Table:
@@ -196,6 +199,7 @@ class Names:
     rule: dict[int, str]  # by slot
     output: dict[int, str]  # by link slot
     interface: Callable[[int], str]
+    health: dict[FlowKey, str]
 
     def rules_of(self, flow: FlowKey) -> list[str]:
         """The names of the rules that take a flow."""
@@ -237,6 +241,7 @@ def _flow(worker: int, flow: FlowKey, numbers: list[float], names: Names) -> Tab
         "bps": round(octets_ps * 8, 1),
         "rules": [names.rule[slot] for slot in route.rules if slot in names.rule],
         "outputs": [names.output[link] for link in links if link in names.output],
+        "health": names.health.get(flow),
     }
 
 

@@ -45,6 +45,7 @@ class Rule(BaseModel):
     link_local: bool
     allow_loop: bool
     rate: str | None
+    health: str | None
     state: str
     outputs: list[OutputState]
 
@@ -63,7 +64,10 @@ class Difference(BaseModel):
 
 
 class Flow(BaseModel):
-    """`bytes` of UDP payload; `bps` in bits per second; both rates over about a second."""
+    """`bytes` of UDP payload; `bps` in bits per second; both rates over about a second.
+
+    `health` in a few words, for rules that ask for it; /v1/streams has the figures.
+    """
 
     interface: str
     vlan: int | None
@@ -79,6 +83,7 @@ class Flow(BaseModel):
     bps: float
     rules: list[str]
     outputs: list[str]
+    health: str | None
 
 
 class Flows(BaseModel):
@@ -146,6 +151,59 @@ class Worker(BaseModel):
 
 class Workers(BaseModel):
     workers: list[Worker]
+
+
+AlarmKind = Literal["loss", "jitter", "silence"]
+
+
+class StreamHealth(BaseModel):
+    """A flow of a rule that asks for its health, since it was first heard. Null: its format can't tell.
+
+    `seen`: "not all" for ten seconds after datagrams were missed by ourselves, `missed` times in all; what is
+    missing there is `excused`, not `lost`. `units`: what its format numbers (datagrams, messages, transport
+    packets), without duplicates. `loss`: the ratio over the last ten seconds; `jitter` and `silence` in seconds.
+    """
+
+    rule: str
+    interface: str
+    vlan: int | None
+    source: str
+    group: str
+    port: int
+    format: str
+    seen: Literal["all", "sampled", "not all"]
+    missed: int
+    packets: int
+    bytes: int
+    silence: float
+    loss: float | None
+    jitter: float | None
+    units: int
+    lost: int | None
+    reordered: int | None
+    duplicates: int | None
+    restarts: int | None
+    excused: int
+    bad: int
+    details: dict[str, int]
+    alarms: list[AlarmKind]
+
+
+class RuleHealth(BaseModel):
+    """A rule that asks for health. `problem`: why nothing is heard; `alarms` of it as long as it has no stream."""
+
+    rule: str
+    health: str
+    problem: str
+    alarms: list[AlarmKind]
+
+
+class Streams(BaseModel):
+    """`left_out`: frames of streams beyond the 4,096 that are measured."""
+
+    streams: list[StreamHealth]
+    rules: list[RuleHealth]
+    left_out: int
 
 
 class Heard(BaseModel):
@@ -252,6 +310,7 @@ RULE_SCHEMA: Final[dict[str, Any]] = {
         "link_local": {"type": "boolean", "default": False},
         "allow_loop": {"type": "boolean", "default": False},
         "rate": {"type": "string", "examples": ["10kpps,50Mbit/s"]},
+        "health": {"anyOf": [{"type": "string"}, {"type": "object"}], "examples": ["rtp,loss=0.1%"]},
     },
     "additionalProperties": False,
 }

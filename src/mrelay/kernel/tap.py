@@ -7,6 +7,7 @@ CAP_NET_RAW), control reads them (`read`, needs nothing). Nothing here blocks.
 import mmap
 import socket
 import struct
+import sys
 from collections.abc import Sequence
 from ipaddress import IPv4Network, IPv6Network
 from typing import Final, NamedTuple
@@ -45,6 +46,7 @@ _SMALLEST_FRAME: Final = 64  # bytes: TPACKET_ALIGN(TPACKET_HDRLEN), which the k
 # asm-generic/socket.h
 SO_RCVBUFFORCE: Final = 33
 SO_TIMESTAMPNS: Final = 35
+SO_RXQ_OVFL: Final = 40
 _TIMESPEC: Final = struct.Struct("@ll")  # struct timespec
 
 # linux/filter.h, linux/bpf_common.h
@@ -71,7 +73,8 @@ class Frame(NamedTuple):
 
     `length` is what it had on the wire, link-layer header included, and `data` its beginning. `segment`: the
     payload of each datagram in a merged frame, 0 for a single datagram. `complete`: its transport checksum is
-    there; not in frames that this host still has to finish.
+    there; not in frames that this host still has to finish. `missed`: frames before it that found the buffer full,
+    since the tap was opened.
     """
 
     time: int
@@ -82,6 +85,7 @@ class Frame(NamedTuple):
     segment: int
     outgoing: bool
     complete: bool
+    missed: int
 
 
 def tap_filter(
@@ -186,6 +190,7 @@ def open_tap(ifindex: int, program: Sequence[Insn], *, outgoing: bool) -> socket
         sock.setsockopt(socket.SOL_SOCKET, cbpf.SO_LOCK_FILTER, 1)
         sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
         sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        sock.setsockopt(socket.SOL_SOCKET, SO_RXQ_OVFL, 1)
         for option, value in (
             (PACKET_VNET_HDR, 1),
             (PACKET_AUXDATA, 1),
@@ -214,13 +219,15 @@ def read(sock: socket.socket, buffer: bytearray) -> Frame | None:
     that the kernel can't describe.
     """
     size, ancillary, _, address = sock.recvmsg_into([buffer], 256)
-    status = length = network = tci = time = 0
+    status = length = network = tci = time = missed = 0
     for level, kind, data in ancillary:
         if level == SOL_PACKET and kind == PACKET_AUXDATA:
             status, length, _, _, network, tci, _ = TPACKET_AUXDATA.unpack_from(data)
         elif level == socket.SOL_SOCKET and kind == SO_TIMESTAMPNS:
             seconds, nanoseconds = _TIMESPEC.unpack_from(data)
             time = seconds * 1_000_000_000 + nanoseconds
+        elif level == socket.SOL_SOCKET and kind == SO_RXQ_OVFL:
+            missed = int.from_bytes(data, sys.byteorder)
     if size < VIRTIO_NET_HDR.size or length == 0:
         return None
     flags, gso_type, _, gso_size, _, _ = VIRTIO_NET_HDR.unpack_from(buffer)
@@ -233,4 +240,5 @@ def read(sock: socket.socket, buffer: bytearray) -> Frame | None:
         segment=gso_size if gso_type != VIRTIO_NET_HDR_GSO_NONE else 0,
         outgoing=address[2] == PACKET_OUTGOING,
         complete=not flags & VIRTIO_NET_HDR_F_NEEDS_CSUM,
+        missed=missed,
     )

@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationInfo
 
 from mrelay.model.endpoint import Input, Network, Output, link_local, overlap, text_of
+from mrelay.model.health import Health, read_health
 from mrelay.model.issue import Issue, Table, fault, show
 from mrelay.model.rate import Rate, read_rate
 
@@ -117,6 +118,9 @@ class Rule(Table):
     link_local: bool = Field(default=False, strict=True, examples=["true"])
     allow_loop: bool = Field(default=False, strict=True, examples=["true"])
     rate: Annotated[Rate | None, PlainValidator(read_rate)] = Field(default=None, examples=['"10kpps,50Mbit/s"'])
+    health: Annotated[Health | None, PlainValidator(read_health)] = Field(
+        default=None, examples=['"rtp,loss=0.1%"']
+    )
     from_: Annotated[Input, AfterValidator(_input_allowed)] = Field(
         validation_alias="from", serialization_alias="from", examples=['"eth0:239.1.1.1:5000"']
     )
@@ -135,6 +139,7 @@ class Rule(Table):
             "to": [str(output) for output in self.to],
             **allowed,
             **({"rate": str(self.rate)} if self.rate else {}),
+            **({"health": str(self.health)} if self.health else {}),
         }
 
 

@@ -28,7 +28,8 @@ class Alarms:
 
     def __init__(self, thresholds: Mapping[Kind, float]) -> None:
         self._thresholds = thresholds
-        self.raised: dict[Kind, float] = {}  # and when each was last above its threshold
+        self.raised: dict[Kind, float] = {}  # and the value that was last above the threshold
+        self._above: dict[Kind, float] = {}  # and when that was
 
     def judge(self, values: Mapping[Kind, float | None], now: float) -> list[Change]:
         """What changes with these values; None is not known, and changes nothing."""
@@ -40,8 +41,8 @@ class Alarms:
             if value > threshold:
                 if kind not in self.raised:
                     changes.append(Change(kind, True, value, threshold))
-                self.raised[kind] = now
-            elif kind in self.raised and now - self.raised[kind] >= HOLD[kind]:
+                self.raised[kind], self._above[kind] = value, now
+            elif kind in self.raised and now - self._above[kind] >= HOLD[kind]:
                 del self.raised[kind]
                 changes.append(Change(kind, False, value, threshold))
         return changes
@@ -53,8 +54,8 @@ class LossRatio:
     def __init__(self) -> None:
         self._ticks: deque[tuple[int, int]] = deque([(0, 0)], maxlen=WINDOW + 1)
 
-    def tick(self, units: int, lost: int) -> float | None:
-        """A second is over; lost / (lost + units) of the window, None when nothing came or was lost."""
+    def tick(self, units: int, lost: int) -> float:
+        """A second is over; lost / (lost + units) of the window."""
         self._ticks.append((units, lost))
         came, missing = units - self._ticks[0][0], max(0, lost - self._ticks[0][1])
-        return missing / (came + missing) if came + missing else None
+        return missing / (came + missing) if missing else 0.0

@@ -52,25 +52,16 @@ class RtpStream:
     """
 
     def __init__(self, clock: int = 0) -> None:
-        self._clock = clock
+        self._given = clock
+        self.clock = clock or DEFAULT_CLOCK  # hertz of the timestamps, as given or assumed
         self.sequence = Sequence(16)
         self.ssrc = -1
         self.payload_type = -1
         self.ssrc_changes = 0
         self.bad = 0
-        self._jitter = 0.0
+        self.jitter = 0.0  # interarrival jitter in seconds (RFC 3550 §6.4.1)
         self._timestamp = 0
         self._arrival = 0.0
-
-    @property
-    def clock(self) -> int:
-        """Hertz of the timestamps, as given or assumed."""
-        return self._clock or _AUDIO.get(self.payload_type, DEFAULT_CLOCK)
-
-    @property
-    def jitter(self) -> float:
-        """Interarrival jitter in seconds (RFC 3550 §6.4.1)."""
-        return self._jitter
 
     def add(self, data: bytes, start: int, end: int, now: float) -> Header | None:
         """Account for a datagram that came at `now` (seconds); its header if it is RTP."""
@@ -89,11 +80,12 @@ class RtpStream:
             self.ssrc_changes += self.ssrc >= 0
             self.sequence.forget()
         self.ssrc, self.payload_type = head.ssrc, head.payload_type
-        self._timestamp, self._arrival, self._jitter = head.timestamp, now, 0.0
+        self._timestamp, self._arrival, self.jitter = head.timestamp, now, 0.0
+        self.clock = self._given or _AUDIO.get(head.payload_type, DEFAULT_CLOCK)
 
     def _transit(self, timestamp: int, now: float) -> None:
         """RFC 3550 A.8, in seconds: J += (|D| - J) / 16."""
         step = (timestamp - self._timestamp + _HALF) % (2 * _HALF) - _HALF  # modulo 2^32, signed
         difference = (now - self._arrival) - step / self.clock
-        self._jitter += (abs(difference) - self._jitter) / 16
+        self.jitter += (abs(difference) - self.jitter) / 16
         self._timestamp, self._arrival = timestamp, now

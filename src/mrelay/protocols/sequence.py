@@ -51,7 +51,12 @@ class Sequence:
             self._begin(number)
             return
         ahead = (number - self._highest) % self._modulus
-        if 0 < ahead <= self._dropout:
+        if ahead == 1 and not self._excusing and not self._excused:  # nearly always: the same as below, but quick
+            self._highest, self._bad = number, -1
+            self._span += 1
+            self._seen = (self._seen << 1 | 1) & _FULL
+            self.distinct += 1
+        elif 0 < ahead <= self._dropout:
             self._advance(number, ahead, 1)
             self.distinct += 1
         elif (behind := (self._highest - number) % self._modulus) < WINDOW:

@@ -156,7 +156,7 @@ class MoldMeter:
     def __init__(self) -> None:
         self._numbers = Messages(64)
         self._session = b""
-        self._sessions = self._bad = 0
+        self._changes = self._bad = 0
 
     def add(self, data: bytes, start: int, end: int, now: float) -> None:
         """As Meter."""
@@ -165,8 +165,8 @@ class MoldMeter:
             return
         at = start + _MOLD_SESSION
         if data[start:at] != self._session:
+            self._changes += self._session != b""
             self._session = data[start:at]
-            self._sessions += 1
             self._numbers.sequence.forget()
         count = int.from_bytes(data[at + 8 : at + 10])
         self._numbers.add(int.from_bytes(data[at : at + 8]), 0 if count == _MOLD_END else count)
@@ -177,7 +177,7 @@ class MoldMeter:
 
     def figures(self) -> Figures:
         """As Meter."""
-        return _counted(self._numbers.sequence, None, self._bad, {"sessions": self._sessions})
+        return _counted(self._numbers.sequence, None, self._bad, {"session_changes": self._changes})
 
 
 class FieldMeter:
