@@ -7,6 +7,7 @@ VENV    := .venv/bin
 SETUP   := sh scripts/setup.sh
 PROGRAM := .venv/.program-ready
 DEV     := .venv/.dev-ready
+PAGE    := .venv/.page-ready
 # Root runs as is; others through sudo, which must not leave root-owned files in the tree.
 ROOT    := $(if $(filter 0,$(shell id -u)),,sudo -n env PYTHONDONTWRITEBYTECODE=1)
 # One test a core at a time, but no more than four: every relay has a worker for each core.
@@ -18,7 +19,7 @@ SECONDS ?= 600
 
 .DEFAULT_GOAL := build
 .DELETE_ON_ERROR:
-.PHONY: build demo test check fuzz soak bench experiments deb lock clean help
+.PHONY: build demo test test-page check fuzz soak bench experiments deb lock clean help
 
 build: $(PROGRAM) ## set up; leaves the program at .venv/bin/mrelay (this is what `make` alone does)
 	@echo "ready: .venv/bin/mrelay"
@@ -29,6 +30,10 @@ $(PROGRAM): pyproject.toml setup.py requirements.lock scripts/setup.sh $(wildcar
 
 $(DEV): $(PROGRAM) requirements-dev.lock
 	@$(SETUP) dev
+	@touch $@
+
+$(PAGE): $(DEV) requirements-page.lock
+	@$(SETUP) page
 	@touch $@
 
 demo: $(PROGRAM) ## source, relay and receivers in namespaces of their own, live
@@ -43,6 +48,10 @@ else
 	$(PYTEST) -m "not netns" $(ARGS)
 	$(ROOT) $(PYTEST) -m netns -p no:cacheprovider $(ARGS)
 endif
+
+test-page: $(PAGE) ## the web page, in headless Chromium, which it installs (SCREENSHOTS=docs/page: pictures too)
+	@$(SETUP) root ip ethtool chromium libbpf.so.1
+	@$(ROOT) env SCREENSHOTS="$(SCREENSHOTS)" $(VENV)/pytest -p no:cacheprovider tests/page $(ARGS)
 
 check: $(DEV) ## lint, format, types, and the tests that need no root
 	$(VENV)/ruff check
@@ -73,15 +82,16 @@ deb: $(PROGRAM) ## build dist/mrelay_VERSION_ARCH.deb, which brings its own libr
 COMPILE = CUSTOM_COMPILE_COMMAND="make lock" $(VENV)/pip-compile --quiet --generate-hashes --allow-unsafe \
 	--strip-extras --no-emit-index-url --no-emit-trusted-host --no-emit-find-links --upgrade
 
-lock: $(DEV) ## renew requirements.lock and requirements-dev.lock from pyproject.toml
+lock: $(DEV) ## renew the requirements*.lock files from pyproject.toml
 	@$(VENV)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
 	  echo "error: lock with Python 3.11; remedy: make clean && make lock PYTHON=python3.11" >&2; exit 1; }
 	$(COMPILE) --build-deps-for editable -o requirements.lock pyproject.toml
 	$(COMPILE) --build-deps-for editable --extra dev -c requirements.lock -o requirements-dev.lock pyproject.toml
+	$(COMPILE) --extra page -c requirements-dev.lock -o requirements-page.lock pyproject.toml
 
 clean: ## remove .venv and everything else that was built
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info src/mrelay/ebpf/*.bpf.o
 	find src tests bench experiments scripts -name __pycache__ -type d -exec rm -rf {} +
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 13
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 13

@@ -2,6 +2,7 @@
 # Puts in place what a make target needs, and nothing that is already there. The Makefile calls it:
 #   setup.sh venv                 the virtual environment with the program (.venv/bin/mrelay)
 #   setup.sh dev                  what testing and checking need, on top of `venv`
+#   setup.sh page                 what testing the web page needs, on top of `dev`
 #   setup.sh root WHAT ...        a way to be root, and system commands and libraries (lib….so.N), from
 #                                 Debian packages if missing
 # POSIX sh; never asks a question. PYTHON=/path/to/python3.x chooses the interpreter.
@@ -194,7 +195,7 @@ case ${1:-} in
         say "building mrelay"
         pip_install --no-deps --no-build-isolation --no-index --editable .
         ;;
-    dev) install_locked requirements-dev.lock ;;
+    dev | page) install_locked "requirements-$1.lock" ;;
     root)
         shift
         need_root "this target" "the same make command"

@@ -6,6 +6,7 @@ import http.client
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 
 from fake_roles import FakeSupervisor, run, until
 from mrelay import logs
+from mrelay.control import page
 from mrelay.control.main import Control
 from mrelay.control.metrics import exposition
 from mrelay.control.state import NAME, StateFile
@@ -289,6 +291,66 @@ def test_a_change_that_cannot_be_saved_is_not_made(tmp_path: Path, monkeypatch: 
             assert status == 507
             assert "No space left" in body["errors"][0]["problem"]
             assert await it.names() == []
+
+    run(work)
+
+
+def test_a_rule_is_replaced(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with relay(tmp_path, CONFIG_A) as it:
+            other = RULE_A | {"to": ["lo:239.2.2.3:6000"]}
+            status, body = await it.api("PUT", "/v1/rules/a", other)
+            assert (status, body["to"], body["state"]) == (200, ["lo:239.2.2.3:6000"], "up")
+            assert it.saved()["rules"] == [other]
+            for name, rule, refused in (("a", RULE_B, 422), ("b", RULE_B, 404), ("a", {**RULE_A, "to": []}, 422)):
+                status, body = await it.api("PUT", f"/v1/rules/{name}", rule)
+                assert status == refused and body["errors"][0]["remedy"]
+            assert it.saved()["rules"] == [other]
+
+    run(work)
+
+
+def test_history(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with relay(tmp_path, CONFIG_A) as it:
+            found = (await it.api("GET", "/v1/rules/a/history")).body
+            assert found.keys() == {"step", "end", "pps", "bps", "errors"}
+            assert (await it.api("GET", "/v1/rules/b/history")).status == 404
+            assert (await it.api("GET", "/v1/history")).body["drops"] == {}
+
+    run(work)
+
+
+def test_the_page(tmp_path: Path) -> None:
+    """Every file that its index and modules name is there, and nothing is asked of another host."""
+
+    async def work() -> None:
+        async with relay(tmp_path) as it:
+            index = (await it.api("GET", "/")).body
+            modules = set(re.findall(r'(?:src|href)="page/([^"]+)"', index))
+            assert "app.js" in modules
+            for name in (todo := list(modules)):
+                status, text = await it.api("GET", f"/page/{name}")
+                assert status == 200, name
+                todo += [found for found in re.findall(r'from "\./([^"]+)"', text) if found not in todo]
+                assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text), name
+            assert set(todo) == page.FILES.keys() - {page.INDEX}, "no file is left over"
+            for path in ("/page/none.js", "/page/__init__.py", "/page/..%2Fapi.py"):
+                assert (await it.api("GET", path)).status == 404
+
+    run(work)
+
+
+def test_the_busiest_flows(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with relay(tmp_path, CONFIG_A) as it:
+            (worker,) = it.fake.workers
+            for slot in range(4):
+                worker.counters.keys[:, slot] = key_words(FlowKey(1, 0, 4, slot + 1, 0xEF010101, 5000))
+                worker.counters.flows[:, slot] = 7, 700
+            assert len((await it.api("GET", "/v1/flows")).body["flows"]) == 4
+            assert len((await it.api("GET", "/v1/flows?limit=3")).body["flows"]) == 3
+            assert (await it.api("GET", "/v1/flows?limit=0")).status == 422
 
     run(work)
 

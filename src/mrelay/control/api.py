@@ -9,7 +9,7 @@ import logging
 import os
 from typing import Annotated, Any
 
-from fastapi import Body, FastAPI, Header, Request, Response
+from fastapi import Body, FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -17,7 +17,7 @@ from pydantic import WithJsonSchema
 from starlette.exceptions import HTTPException
 
 from mrelay import __version__, logs
-from mrelay.control import answers, eventstream, views
+from mrelay.control import answers, eventstream, page, views
 from mrelay.control.answers import as_json, json_of_many
 from mrelay.control.events import Cursor, Page
 from mrelay.control.eventstream import EventStream
@@ -30,6 +30,7 @@ from mrelay.model.issue import ConfigError, Issue
 log = logging.getLogger(__name__)
 
 Since = Annotated[str | None, WithJsonSchema({"type": "string", "examples": ["42", "6a2b3c4d:42"]})]
+Limit = Annotated[int | None, Query(ge=1)]
 RuleTable = Annotated[dict[str, Any], Body(), WithJsonSchema(views.RULE_SCHEMA)]
 LogTable = Annotated[dict[str, Any], Body(), WithJsonSchema(views.LogLevels.model_json_schema())]
 RulesTable = Annotated[dict[str, Any], Body(), WithJsonSchema(views.RULES_SCHEMA)]
@@ -38,11 +39,22 @@ RulesTable = Annotated[dict[str, Any], Body(), WithJsonSchema(views.RULES_SCHEMA
 def create_app(relay: Relay) -> FastAPI:
     """The application, for a Guard to stand before."""
     app = FastAPI(title="mrelay", version=__version__, docs_url=None, redoc_url=None)
+    _add_page(app)
     _add_looking(app, relay)
     _add_changing(app, relay)
     add_observing(app, relay)
     _add_errors(app)
     return app
+
+
+def _add_page(app: FastAPI) -> None:
+    @app.get("/", include_in_schema=False)
+    @app.get("/page/{name}", include_in_schema=False)
+    async def file(request: Request, name: str = page.INDEX) -> Response:
+        answer = page.answer(name, request)
+        if answer is None:
+            raise HTTPException(404)
+        return answer
 
 
 def _add_looking(app: FastAPI, relay: Relay) -> None:
@@ -55,7 +67,8 @@ def _add_looking(app: FastAPI, relay: Relay) -> None:
     async def access(request: Request) -> Response:
         """What whoever asks may do."""
         problem, remedy = request.state.problem or ("", "")
-        return as_json({"change": not problem, "problem": problem, "remedy": remedy})
+        look = hasattr(request.state, "peer")
+        return as_json({"look": look, "change": not problem, "problem": problem, "remedy": remedy})
 
     @app.get("/v1/rules", response_model=views.Rules)
     async def rules() -> Response:
@@ -63,9 +76,9 @@ def _add_looking(app: FastAPI, relay: Relay) -> None:
         return as_json(relay.rules())
 
     @app.get("/v1/flows", response_model=views.Flows)
-    async def flows() -> Response:
-        """The flows that the workers have seen lately."""
-        return await json_of_many(await relay.stats.flows())
+    async def flows(limit: Limit = None) -> Response:
+        """The flows that the workers have seen lately: all, or so many of the busiest."""
+        return await json_of_many(await relay.stats.flows(limit))
 
     @app.get("/v1/stats", response_model=views.Stats)
     async def stats() -> Response:
@@ -76,6 +89,8 @@ def _add_looking(app: FastAPI, relay: Relay) -> None:
     async def workers() -> Response:
         """The worker processes."""
         return as_json(await relay.stats.workers())
+
+    _add_history(app, relay)
 
     @app.get("/v1/log", response_model=views.LogLevels)
     async def log_levels() -> Response:
@@ -91,6 +106,21 @@ def _add_looking(app: FastAPI, relay: Relay) -> None:
         streams = relay.observe.streams.view()
         text = await asyncio.to_thread(exposition, stats, workers, relay.rules(), streams)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_history(app: FastAPI, relay: Relay) -> None:
+    @app.get("/v1/history", response_model=views.History)
+    async def history() -> Response:
+        """Rates of the last ten minutes."""
+        return as_json(relay.history.relay())
+
+    @app.get(
+        "/v1/rules/{name}/history", response_model=views.RuleHistory, responses={404: {"model": views.Errors}}
+    )
+    async def rule_history(name: str) -> Response:
+        """Rates of a rule in the last ten minutes."""
+        relay.rule(name)
+        return as_json(relay.history.rule(name))
 
 
 def _add_events(app: FastAPI, relay: Relay) -> None:
@@ -145,6 +175,13 @@ def _add_changing(app: FastAPI, relay: Relay) -> None:
         added = await relay.add(rule)
         log.info("rule %s added by %s", added["name"], request.state.peer)
         return as_json(added, 201)
+
+    @app.put("/v1/rules/{name}", response_model=views.Rule, responses={**refused, 404: errors})
+    async def change(name: str, rule: RuleTable, request: Request) -> Response:
+        """Replace the rule of this name; answered when the new one is saved and in force."""
+        changed = await relay.change(name, rule)
+        log.info("rule %s changed by %s", name, request.state.peer)
+        return as_json(changed)
 
     @app.delete("/v1/rules/{name}", status_code=204, responses=absent)
     async def remove(name: str, request: Request) -> Response:

@@ -19,6 +19,7 @@ from mrelay.control.api import create_app
 from mrelay.control.events import ControlStarted, EventLog, WorkerDied, WorkerStarted
 from mrelay.control.fastpath import FastPath
 from mrelay.control.guard import Guard
+from mrelay.control.history import History
 from mrelay.control.links import LinkTable, LinkWatcher
 from mrelay.control.notice import InterfaceWatch, Noticer
 from mrelay.control.observe import Observe
@@ -28,7 +29,7 @@ from mrelay.control.reconcile import Reconciler
 from mrelay.control.relay import Host, Relay
 from mrelay.control.routes import NextHops
 from mrelay.control.rulebook import Rulebook, merge
-from mrelay.control.sampler import Sampler
+from mrelay.control.sampler import Sample, Sampler
 from mrelay.control.server import Server, UnixProtocol
 from mrelay.control.settings import choose_cores, idle_xdp, override
 from mrelay.control.state import State, StateFile
@@ -215,7 +216,13 @@ class Control:
         await self._wait_for_workers(len(cores))
         self._spawn(self._reconciler.run())
         self._spawn(hops.run())
-        sampler = Sampler(self.workers, Noticer(self.events, links.name, fast).sampled)
+        noticer, history = Noticer(self.events, links.name, fast), History(self.workers, book)
+
+        async def sampled(sample: Sample) -> None:
+            history.sampled(sample)
+            await noticer.sampled(sample)
+
+        sampler = Sampler(self.workers, sampled)
         self._spawn(sampler.run())
         self._spawn(_flush_logs())
         streams = Streams(self.supervisor, book, links, self._reconciler, self.events)
@@ -225,7 +232,16 @@ class Control:
         why_not = self._no_fast_path if fast is None else ""
         observe = Observe(self.supervisor, links, stats, streams)
         self._relay = Relay(
-            book, self._reconciler, self.workers, stats, host, self.supervisor, self.events, observe, why_not
+            book,
+            self._reconciler,
+            self.workers,
+            stats,
+            host,
+            self.supervisor,
+            self.events,
+            observe,
+            history,
+            why_not,
         )
         await self._reconciler.settled()
         await self._serve_api(self._relay, relay, fds[0], setup.state_dir)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from mrelay import __version__, logs
 from mrelay.control.events import EventLog
 from mrelay.control.fastpath import EBPF, URING
+from mrelay.control.history import History
 from mrelay.control.observe import Observe
 from mrelay.control.reconcile import Reconciler
 from mrelay.control.rulebook import Rulebook, difference, merge
@@ -58,12 +59,14 @@ class Relay:
         supervisor: Supervisor,
         events: EventLog,
         observe: Observe,
+        history: History,
         no_fast_path: str,
     ) -> None:
         """`no_fast_path`: why there is none; empty when there is."""
         self._no_fast_path, self.observe = no_fast_path, observe
         self._book, self._reconciler, self._workers = book, reconciler, workers
-        self.stats, self._host, self._supervisor, self.events = stats, host, supervisor, events
+        self.stats, self._host, self._supervisor = stats, host, supervisor
+        self.events, self.history = events, history
         self.ready = False
 
     def health(self) -> Table:
@@ -114,6 +117,20 @@ class Relay:
             await self._book.change(self._book.checked([*self._book.rules, rule]))
         await self._reconciler.settled()
         return self.rule(rule.name)
+
+    async def change(self, name: str, table: Table) -> Table:
+        """Replace a rule; as in /v1/rules. Raises ConfigError, NoRule, OSError (not saved)."""
+        (rule,) = parse_rules([table], "")
+        if rule.name != name:
+            remedy = "add it as another rule, and remove this one"
+            raise ConfigError([Issue("", name, "name", "a rule keeps its name", remedy)])
+        async with self._book.lock:
+            if all(name != other.name for other in self._book.rules):
+                raise NoRule(name)
+            rules = [rule if name == other.name else other for other in self._book.rules]
+            await self._book.change(self._book.checked(rules))
+        await self._reconciler.settled()
+        return self.rule(name)
 
     def rule(self, name: str) -> Table:
         """One rule as in /v1/rules; raises NoRule."""

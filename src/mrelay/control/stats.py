@@ -83,11 +83,13 @@ class Stats:
         tables = [getattr(worker.counters, table) for worker in self._workers.by_number.values()]
         return np.sum(tables, axis=0, dtype=np.uint64) if tables else np.zeros(SHAPES[table], np.uint64)
 
-    async def flows(self) -> Table:
-        """/v1/flows"""
+    async def flows(self, limit: int | None = None) -> Table:
+        """/v1/flows: all, or so many of the busiest."""
         await self._workers.sync()
         tables = {number: flow_table(worker) for number, worker in self._workers.by_number.items()}
         rates = {number: self._sampler.flows(number, table) for number, table in tables.items()}
+        if limit is not None:
+            tables, rates = _busiest(tables, rates, limit)
         return {"flows": await asyncio.to_thread(_flows, tables, rates, self.names(), self._fast, self._no_xdp())}
 
     def _no_xdp(self) -> dict[int, str]:
@@ -189,6 +191,28 @@ def _output(to: str, links: U64, slot: Slot, state: str) -> Table:
 
 def _above_base(counts: U64, slot: Slot) -> list[int]:
     return [now - base for now, base in zip(counts[:, slot.index].tolist(), slot.base, strict=True)]
+
+
+def _busiest(
+    tables: dict[int, FlowTable], rates: dict[int, NDArray[np.float64]], limit: int
+) -> tuple[dict[int, FlowTable], dict[int, NDArray[np.float64]]]:
+    """So many flows of all workers, by packets a second."""
+    pps = np.concatenate([np.zeros(0), *(found[0] for found in rates.values())])
+    if len(pps) <= limit:
+        return tables, rates
+    keep = np.zeros(len(pps), bool)
+    keep[np.argpartition(pps, -limit)[-limit:]] = True
+    ends = np.cumsum([len(table.slots) for table in tables.values()])[:-1]
+    kept = dict(zip(tables, np.split(keep, ends), strict=True))
+    return (
+        {
+            worker: FlowTable(
+                table.slots[kept[worker]], table.keys[:, kept[worker]], table.counts[:, kept[worker]]
+            )
+            for worker, table in tables.items()
+        },
+        {worker: found[:, kept[worker]] for worker, found in rates.items()},
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 RETRY: Final = 5.0  # seconds until a socket that could not be had is asked for again
 MAX_BODY: Final = 4 << 20  # bytes: more than 10,000 rules take
+ACCESS: Final = "/v1/access"  # tells everyone what they may do
+_NO_TOKEN: Final = ("a token is needed", "send Authorization: Bearer and one of the relay's tokens")
 _NO_TLS: Final = (
     "over this address nothing can be changed: the token would cross the network in the clear",
     "use the relay's Unix socket, or listen on loopback behind a proxy with TLS",
@@ -51,15 +53,16 @@ class TcpDoor:
 
     def refusal(self, scope: Scope, headers: Headers) -> Response | None:
         """As guard.Door has it."""
+        looking = scope["method"] in LOOKING
         if not guarded(scope["path"]):
-            looking = scope["method"] in LOOKING
             return None if looking else error(405, "", "", "nothing can be changed here", "see /openapi.json")
         kind = self._kind(headers, scope)
         if kind is None:
-            return _no_token()
+            scope["state"]["problem"] = _NO_TOKEN
+            return None if scope["path"] == ACCESS and looking else _no_token()
         scope["state"]["peer"] = Bearer(kind, _client(scope))
         scope["state"]["problem"] = problem = self._problem(kind)
-        if scope["method"] in LOOKING:
+        if looking:
             return None
         return error(403, "", "", *problem) if problem else _too_much(headers)
 
@@ -82,7 +85,7 @@ def _client(scope: Scope) -> str:
 
 
 def _no_token() -> Response:
-    answer = error(401, "", "", "a token is needed", "send Authorization: Bearer and one of the relay's tokens")
+    answer = error(401, "", "", *_NO_TOKEN)
     answer.headers["WWW-Authenticate"] = 'Bearer realm="mrelay"'
     return answer
 

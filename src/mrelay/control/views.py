@@ -22,8 +22,9 @@ class Health(BaseModel):
 
 
 class Access(BaseModel):
-    """Whether this client may change rules; if not, why, and what to do about it."""
+    """Whether this client may look, and change rules; if not, why, and what to do about it."""
 
+    look: bool
     change: bool
     problem: str
     remedy: str
@@ -88,6 +89,29 @@ class Flow(BaseModel):
 
 class Flows(BaseModel):
     flows: list[Flow]
+
+
+class History(BaseModel):
+    """Datagrams a second, the oldest first: a value for each `step` seconds up to `end` (seconds since 1970).
+
+    `drops` has the reasons for which there was any.
+    """
+
+    step: float
+    end: float
+    received: list[float]
+    matched: list[float]
+    drops: dict[str, list[float]]
+
+
+class RuleHistory(BaseModel):
+    """As in History; null where the rule was not there yet. `errors`: datagrams that outputs could not send."""
+
+    step: float
+    end: float
+    pps: list[float | None]
+    bps: list[float | None]
+    errors: list[float | None]
 
 
 class OutputStats(BaseModel):

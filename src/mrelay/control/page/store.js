@@ -1,0 +1,130 @@
+// What the page knows of the relay: asked for again and again while somebody looks, and told to whoever draws.
+
+import { get, NoAnswer, Refused } from "./api.js";
+
+const EVERY = 1000; // milliseconds between two looks, and more when answers are long
+const MANY = 500; // rules; above that their states are looked at less often
+const FLOWS = 300; // the busiest are enough for a picture
+
+/** rules, totals, flows, health, access; `since` when the relay stopped answering; `ready` after the first answers. */
+export const state = { ready: false, since: null, access: null, health: null, rules: [], byName: new Map(), flows: [], totals: null };
+
+const listeners = new Set();
+let before = null; // counters of the last look
+let timer = 0;
+let looks = 0;
+let asking = null;
+
+/** Call `listener()` after each look; what is returned ends that. */
+export function listen(listener) {
+  listeners.add(listener);
+  return () => listeners.delete(listener);
+}
+
+/** Look now, and go on looking. */
+export function look() {
+  clearTimeout(timer);
+  asking ||= round().finally(() => { asking = null; });
+  return asking;
+}
+
+export function stop() {
+  clearTimeout(timer);
+  before = null;
+  Object.assign(state, { ready: false, since: null, access: null });
+}
+
+async function round() {
+  const began = performance.now();
+  try {
+    await fill();
+    state.since = null;
+  } catch (error) {
+    if (error instanceof Refused && error.status === 401) state.access = { look: false };
+    else if (error instanceof NoAnswer || error instanceof Refused) state.since ||= Date.now();
+    else throw error;
+    before = null;
+  }
+  if (state.access && !state.access.look) {
+    stop();
+    dispatchEvent(new Event("token-needed"));
+    return;
+  }
+  for (const listener of listeners) listener();
+  const took = performance.now() - began;
+  if (!document.hidden) timer = setTimeout(look, Math.max(EVERY - took, 3 * took, state.since ? 2 * EVERY : 0));
+}
+
+document.addEventListener("visibilitychange", () => { if (!document.hidden && (state.ready || state.since)) look(); });
+
+async function fill() {
+  state.access ||= await get("v1/access");
+  if (!state.access.look) return;
+  const often = state.rules.length < MANY || looks % 5 === 0;
+  looks += 1;
+  const [stats, rules, flows, health] = await Promise.all([
+    get("v1/stats"),
+    often ? get("v1/rules") : null,
+    often ? get(`v1/flows?limit=${FLOWS}`) : null,
+    often ? get("v1/health") : null,
+  ]);
+  if (rules) state.texts = new Map(rules.rules.map((rule) => [rule.name, rule]));
+  if (flows) state.flows = flows.flows;
+  if (health) state.health = health;
+  merge(stats, performance.now());
+  state.ready = true;
+}
+
+function merge(stats, now) {
+  const seconds = before ? (now - before.now) / 1000 : 0;
+  const grown = (key, value) => (before && key in before.counts ? Math.max(0, value - before.counts[key]) / seconds : 0);
+  const counts = { received: stats.received };
+  const dropRates = {};
+  for (const [reason, value] of Object.entries(stats.drops)) dropRates[reason] = grown(`drop ${reason}`, (counts[`drop ${reason}`] = value));
+  state.rules = stats.rules.filter((rule) => state.texts.has(rule.name)).map((rule) => view(rule, state.texts.get(rule.name), counts, grown));
+  state.byName = new Map(state.rules.map((rule) => [rule.name, rule]));
+  state.totals = {
+    ...stats,
+    dropRates,
+    dropped: stats.received - stats.matched,
+    receivedRate: grown("received", stats.received),
+    matchedRate: grown("matched", (counts.matched = stats.matched)),
+    dropRate: Object.values(dropRates).reduce((sum, value) => sum + value, 0),
+    outRate: state.rules.reduce((sum, rule) => sum + rule.outputs.reduce((all, output) => all + output.pps, 0), 0),
+    bps: state.rules.reduce((sum, rule) => sum + rule.bps, 0),
+  };
+  before = { now, counts };
+}
+
+function view(rule, text, counts, grown) {
+  const outputs = rule.outputs.map((output) => {
+    const key = `${rule.name} ${output.to}`;
+    counts[`${key} packets`] = output.packets;
+    counts[`${key} errors`] = output.errors;
+    return { ...output, pps: grown(`${key} packets`, output.packets), errorRate: grown(`${key} errors`, output.errors) };
+  });
+  const errorRate = outputs.reduce((sum, output) => sum + output.errorRate, 0);
+  const errors = outputs.reduce((sum, output) => sum + output.errors, 0);
+  const found = { ...text, ...rule, outputs, errorRate, errors };
+  return { ...found, kind: kindOf(found) };
+}
+
+/** How a rule is: forwarding, silent, starting, waiting or error. */
+function kindOf(rule) {
+  if (rule.state === "waiting: starting") return "starting";
+  if (rule.state.startsWith("error")) return "error";
+  if (rule.state !== "up") return "waiting";
+  if (rule.errorRate > 0) return "error";
+  return rule.pps > 0 ? "forwarding" : "silent";
+}
+
+/** In words, beside the mark. */
+export function wordsOf(rule) {
+  if (rule.state !== "up") return rule.state;
+  if (rule.errorRate > 0) return "up, but not all is sent";
+  return rule.pps > 0 ? "forwarding" : "up, silent";
+}
+
+export const MARKS = { forwarding: "●", silent: "○", starting: "…", waiting: "▲", error: "✕" };
+
+export const troubled = (rule) => rule.kind === "waiting" || rule.kind === "error";
