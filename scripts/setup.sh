@@ -3,6 +3,7 @@
 #   setup.sh venv                 the virtual environment with the program (.venv/bin/mrelay)
 #   setup.sh dev                  what testing and checking need, on top of `venv`
 #   setup.sh page                 what testing the web page needs, on top of `dev`
+#   setup.sh promtool             promtool, which tests alert rules and metrics (.venv/bin/promtool)
 #   setup.sh root WHAT ...        a way to be root, and system commands and libraries (lib….so.N), from
 #                                 Debian packages if missing
 # POSIX sh; never asks a question. PYTHON=/path/to/python3.x chooses the interpreter.
@@ -116,6 +117,23 @@ silence_smcroute() {
     say "smcroute's own service is left disabled"
 }
 
+# Debian's promtool comes with a Prometheus that would start here; all we want of the package is this one program. Its
+# tests skip without it.
+extract_promtool() {
+    have promtool || [ -x $venv/bin/promtool ] && return
+    folder=$(mktemp -d)
+    if have apt-get && have dpkg-deb; then
+        say "fetching promtool from Debian's package of Prometheus"
+        apt-cache show prometheus >/dev/null 2>&1 || apt_update
+        # root's apt would rather fetch as another user, who may not write there
+        (cd "$folder" && quietly apt-get download -q -o APT::Sandbox::User=root prometheus) &&
+            dpkg-deb --fsys-tarfile "$folder"/prometheus_*.deb | tar -x -C "$folder" ./usr/bin/promtool &&
+            install -m 755 "$folder/usr/bin/promtool" $venv/bin/promtool
+    fi
+    rm -rf "$folder"
+    [ -x $venv/bin/promtool ] || say "no promtool here: its tests are skipped"
+}
+
 # ---- Python ------------------------------------------------------------------------------------
 
 # A command may be there and still not run (a pyenv shim of a version that is not selected).
@@ -196,6 +214,7 @@ case ${1:-} in
         pip_install --no-deps --no-build-isolation --no-index --editable .
         ;;
     dev | page) install_locked "requirements-$1.lock" ;;
+    promtool) extract_promtool ;;
     root)
         shift
         need_root "this target" "the same make command"

@@ -86,7 +86,7 @@ class FakeWorker:
         self.channel = AsyncChannel(ours, self._receive, lambda _: None)
         self.rules, self.incoming, self.generation = {}, {}, 0
         up = WorkerUp(self.number, self.number, os.getpid(), restarts, FLOW_LIMIT)
-        return up, [theirs.detach(), os.dup(self.memory)]
+        return up, [theirs.detach(), os.dup(self.memory), os.open("/proc/self/statm", os.O_RDONLY)]
 
     def count(self, packets: int) -> None:
         """Datagrams received and matched."""

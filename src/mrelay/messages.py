@@ -290,7 +290,8 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class WorkerUp:
-    """A worker runs. Descriptors: control's end of their channel, the counters' memory."""
+    """A worker runs. Descriptors: control's end of their channel, the counters' memory, and its /proc/PID/statm
+    where there is one."""
 
     worker: int
     core: int

@@ -7,15 +7,17 @@ import asyncio
 import json
 import os
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 from unittest import mock
 
 import numpy as np
 
 from fuzz.data import Data
 from mrelay.control import stats, views
+from mrelay.control.events import EventLog
 from mrelay.control.links import LinkTable
-from mrelay.control.metrics import exposition
+from mrelay.control.metrics import Facts, exposition
+from mrelay.control.notice import Noticer
 from mrelay.control.reconcile import Reconciler
 from mrelay.control.rulebook import Rulebook
 from mrelay.control.sampler import Sampler, take
@@ -45,10 +47,11 @@ def check(data: bytes) -> None:
         workers = Workers(lambda: None, lambda _: None)
         for number in range(2):
             workers.by_number[number] = Worker(number, number, None, 0, Counters(fd, FLOWS), None)
-        sampler = Sampler(workers)
+        sampler, noticer = Sampler(workers), Noticer(EventLog(), str, None)
         for _ in range(2):
             _scribble(counters, choices)
             sampler._old, sampler._new = sampler._new, take(workers)
+            LOOP.run_until_complete(noticer.sampled(sampler._new))
         with mock.patch.object(stats, "SETTLE_PAUSE", 0.0):
             LOOP.run_until_complete(_read(workers, sampler))
         _take_over(counters)
@@ -71,14 +74,16 @@ def _scribble(counters: Counters, choices: Data) -> None:
 async def _read(workers: Workers, sampler: Sampler) -> None:
     """Everything that control says of the numbers, as the API would send it."""
     book = SimpleNamespace(rules=(RULE,), slots=SLOTS)
-    reconciler = SimpleNamespace(running=[rule(0, "239.1.1.1/32", [0])], output_states=dict)
+    reconciler = SimpleNamespace(running=[rule(0, "239.1.1.1/32", [0])], plans=[], trouble=dict)
     made = stats.Stats(workers, cast(Rulebook, book), LinkTable(), cast(Reconciler, reconciler), sampler)
     numbers, flows, states = await made.stats(), await made.flows(), await made.workers()
     for model, answer in ((views.Stats, numbers), (views.Flows, flows), (views.Workers, states)):
         text = json.dumps(answer, allow_nan=False)
         model.model_validate_json(text)
-    rules: dict[str, Any] = {"rules": [{"name": "a", "state": "up"}]}
-    assert exposition(numbers, states, rules, {"streams": []})
+    health = {"version": "1", "engine": "uring", "egress": "sendmmsg"}
+    facts = Facts(health, 0.0, numbers, states["workers"], {}, made.processes(), {}, 0, [])
+    for accept in ("", "application/openmetrics-text"):
+        assert exposition(facts, accept)[0]
 
 
 def _take_over(counters: Counters) -> None:

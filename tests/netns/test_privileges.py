@@ -257,6 +257,7 @@ def test_children_have_the_descriptors_that_were_meant_for_them(lab: Lab) -> Non
             "netlink": 2,
             "counters": workers,
             "pulse": 1,
+            "statm": 2 + workers,  # its own, the supervisor's
         }
         eventually(lambda: descriptors(star.relay, control) == expected, f"control has {expected}")
 
@@ -279,7 +280,7 @@ def descriptors(namespace: Namespace, pid: int) -> Counter[str]:
 def _kind(target: str, sockets: dict[str, str]) -> str:
     if target.startswith("socket:["):
         return sockets.get(target[8:-1], target)
-    names = {"stderr": "log", "state": "state"}
+    names = {"stderr": "log", "state": "state", "statm": "statm"}
     names |= {f"memfd:mrelay-{name} (deleted)": name for name in ("counters", "pulse")}
     return names.get(target.rpartition("/")[2], target)
 

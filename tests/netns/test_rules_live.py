@@ -10,6 +10,7 @@ import pytest
 from netns.lab import Lab, Star, eventually
 from netns.relay import Relay, rule
 from netns.traffic import Capture, Receiver, Sender, number, payloads
+from promtool import promtool
 
 pytestmark = pytest.mark.netns
 GROUP = "239.1.1.1"
@@ -218,7 +219,11 @@ def test_api_documents_and_metrics(lab: Lab) -> None:
             "/v1/workers",
         } <= set(paths)
         text = relay.get("/metrics")
-        assert any(line.startswith("mrelay_") and line.endswith(" 7.0") for line in text.splitlines())
+        assert any(line.startswith("mrelay_") and line.endswith(" 7") for line in text.splitlines())
         health = relay.get("/v1/health")
         assert (health["ready"], health["engine"]) == (True, "ebpf")
         assert health["egress"] in ("io_uring", "sendmmsg")
+        for process in ("supervisor", "control", "worker-0"):
+            assert f'mrelay_process_resident_memory_bytes{{process="{process}"}}' in text
+        checked = promtool("check", "metrics", text=text.encode())
+        assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")

@@ -1,6 +1,5 @@
 """The manual page says what the command line says."""
 
-import importlib.util
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,19 +8,14 @@ from types import ModuleType
 import pytest
 
 from mrelay.cli import COMMANDS, RULE_COMMANDS
+from unit.script import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def make_man() -> ModuleType:
-    """scripts/make_man.py, which is in no package."""
-    spec = importlib.util.spec_from_file_location("make_man", ROOT / "scripts" / "make_man.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("make_man")
 
 
 def test_the_page_is_current(make_man: ModuleType) -> None:

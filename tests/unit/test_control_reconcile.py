@@ -19,6 +19,7 @@ from mrelay.control.reconcile import Reconciler
 from mrelay.control.routes import Hop, NextHops
 from mrelay.control.rulebook import Rulebook
 from mrelay.control.state import State, StateFile
+from mrelay.control.stats import RuleStates
 from mrelay.control.want import UP, Settings, rule_state
 from mrelay.messages import (
     AttachXdp,
@@ -171,10 +172,9 @@ def test_an_output_without_a_route_says_so_and_stays_open() -> None:
             it.hops.problems = {Hop(3, "10.9.9.9", noarp=False): "no route to 10.9.9.9"}
             it.reconciler.hops_changed()
             assert it.state() == "no route to 10.9.9.9"
-            assert it.reconciler.output_states() == {
-                ("a", "eth1:10.9.9.9:6000"): "no route to 10.9.9.9",
-                ("a", "eth1:239.2.2.2:6000"): "up",
-            }
+            (plan,) = it.reconciler.plans
+            states = RuleStates.of(plan, it.reconciler.trouble())
+            assert states.outputs == {"eth1:10.9.9.9:6000": "no route to 10.9.9.9", "eth1:239.2.2.2:6000": "up"}
             assert len(it.reconciler.running[0].outputs) == 2
             it.hops.problems = {}
             assert it.state() == "up"

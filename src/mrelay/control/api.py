@@ -11,8 +11,6 @@ from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import PlainTextResponse
-from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import WithJsonSchema
 from starlette.exceptions import HTTPException
 
@@ -21,7 +19,6 @@ from mrelay.control import answers, eventstream, page, views
 from mrelay.control.answers import as_json, json_of_many
 from mrelay.control.events import Cursor, Page
 from mrelay.control.eventstream import EventStream
-from mrelay.control.metrics import exposition
 from mrelay.control.observe_api import add_observing
 from mrelay.control.relay import Exists, NoRule, Relay
 from mrelay.control.supervisor import RequestFailed
@@ -99,13 +96,15 @@ def _add_looking(app: FastAPI, relay: Relay) -> None:
 
     _add_events(app, relay)
 
-    @app.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        """The counters for Prometheus."""
-        stats, workers = await relay.stats.stats(), await relay.stats.workers()
-        streams = relay.observe.streams.view()
-        text = await asyncio.to_thread(exposition, stats, workers, relay.rules(), streams)
-        return Response(text, media_type=CONTENT_TYPE_LATEST)
+    text = {
+        media_type: {"schema": {"type": "string"}} for media_type in ("text/plain", "application/openmetrics-text")
+    }
+
+    @app.get("/metrics", response_class=Response, responses={200: {"content": text}})
+    async def metrics(request: Request) -> Response:
+        """For Prometheus, in the format that Accept asks for (docs/metrics.md)."""
+        made, media_type = await relay.metrics(request.headers.get("accept", ""))
+        return Response(made, headers={"content-type": media_type})
 
 
 def _add_history(app: FastAPI, relay: Relay) -> None:

@@ -24,7 +24,7 @@ from mrelay.control.links import LinkTable, LinkWatcher
 from mrelay.control.notice import InterfaceWatch, Noticer
 from mrelay.control.observe import Observe
 from mrelay.control.peers import Access, UnixDoor
-from mrelay.control.proc import start_time
+from mrelay.control.proc import open_statm, start_time
 from mrelay.control.reconcile import Reconciler
 from mrelay.control.relay import Host, Relay
 from mrelay.control.routes import NextHops
@@ -63,6 +63,7 @@ class Control:
     def __init__(self, sock: socket.socket, lock_in: Callable[[int], int]) -> None:
         self._lock_in, self._landlock = lock_in, 0
         self._supervisor_started = start_time(os.getppid())
+        self._statm = open_statm(os.getpid()), open_statm(os.getppid())
         loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[int] = loop.create_future()
         self._setup: asyncio.Future[tuple[Setup, list[int]]] = loop.create_future()
@@ -228,7 +229,7 @@ class Control:
         streams = Streams(self.supervisor, book, links, self._reconciler, self.events)
         self._spawn(streams.run())
         stats = Stats(self.workers, book, links, self._reconciler, sampler, fast, streams)
-        host = Host(self._supervisor_started, self._landlock)
+        host = Host(self._supervisor_started, *self._statm, self._landlock)
         why_not = self._no_fast_path if fast is None else ""
         observe = Observe(self.supervisor, links, stats, streams)
         self._relay = Relay(

@@ -86,15 +86,6 @@ class Reconciler:
         hop = hop_of(egress, self._links.by_name.get(self._links.name(egress.ifindex)))
         return hop if self._fast is not None or (hop is not None and hop.address == egress.address) else None
 
-    def output_states(self) -> dict[tuple[str, str], str]:
-        """Each output's state, by its rule's name and its own text."""
-        trouble = self.trouble()
-        return {
-            (plan.rule.name, output.text): output_state(output, trouble)
-            for plan in self.plans
-            for output in plan.outputs
-        }
-
     def hops_changed(self) -> None:
         """A route or neighbour came or went: what failed for want of it may be had now."""
         self._tell()

@@ -15,7 +15,9 @@ from mrelay import __version__, logs
 from mrelay.control.events import EventLog
 from mrelay.control.fastpath import EBPF, URING
 from mrelay.control.history import History
+from mrelay.control.metrics import Facts, exposition
 from mrelay.control.observe import Observe
+from mrelay.control.proc import Usage, usage
 from mrelay.control.reconcile import Reconciler
 from mrelay.control.rulebook import Rulebook, difference, merge
 from mrelay.control.stats import Stats
@@ -39,10 +41,12 @@ class NoRule(Exception):
 
 
 class Host(NamedTuple):
-    """What control saw before it was confined: when its supervisor started (CLOCK_BOOTTIME, seconds), and how
-    it was: the Landlock ABI version in use, 0 for none."""
+    """What control saw before it was confined: when its supervisor started (CLOCK_BOOTTIME, seconds), its own and
+    the supervisor's statm (proc.open_statm), and how it was: the Landlock ABI version in use, 0 for none."""
 
     supervisor_started: float
+    statm: int | None
+    supervisor_statm: int | None
     landlock: int
 
 
@@ -68,6 +72,9 @@ class Relay:
         self.stats, self._host, self._supervisor = stats, host, supervisor
         self.events, self.history = events, history
         self.ready = False
+        self._scraping = asyncio.Lock()
+        since_boot = time.clock_gettime(time.CLOCK_BOOTTIME) - host.supervisor_started
+        self._started = round(time.time() - since_boot, 2)
 
     def health(self) -> Table:
         """/v1/health; `pid` and `uptime` are the supervisor's."""
@@ -82,6 +89,30 @@ class Relay:
             "uptime": round(time.clock_gettime(time.CLOCK_BOOTTIME) - self._host.supervisor_started, 1),
             "landlock": self._host.landlock,
         }
+
+    async def metrics(self, accept: str) -> tuple[bytes, str]:
+        """/metrics: the text and its media type. One is made at a time, however many ask."""
+        async with self._scraping:
+            facts = Facts(
+                health=self.health(),
+                started=self._started,
+                stats=await self.stats.stats(),
+                workers=(await self.stats.workers())["workers"],
+                interfaces=self.stats.interfaces(),
+                processes=self._processes(),
+                events=dict(self.events.counts),
+                followers=self.events.followers,
+                streams=self.observe.streams.view()["streams"],
+            )
+            return await asyncio.to_thread(exposition, facts, accept)
+
+    def _processes(self) -> dict[str, Usage]:
+        host = self._host
+        own = {
+            "supervisor": usage(os.getppid(), host.supervisor_statm),
+            "control": usage(os.getpid(), host.statm),
+        }
+        return own | self.stats.processes()
 
     def stop(self, *, flush: bool) -> Table:
         """/v1/stop: the flows that the kernel goes on to forward."""

@@ -5,24 +5,26 @@ Long lists are made in a thread, from copies.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mrelay.control.fastpath import EBPF, URING, XDP, FastPath, States, engine_of
 from mrelay.control.links import LinkTable
+from mrelay.control.proc import Usage, usage
 from mrelay.control.reconcile import Reconciler
 from mrelay.control.rulebook import Rulebook
 from mrelay.control.sampler import FlowTable, Sampler, flow_table
 from mrelay.control.slots import Slot, Slots
 from mrelay.control.streams import Streams
-from mrelay.control.want import STARTING
+from mrelay.control.want import STARTING, RulePlan, output_state, rule_state
 from mrelay.control.workers import Worker, Workers
 from mrelay.counters import DROP_REASONS, U64
 from mrelay.counters_size import MAX_LINKS, MAX_RULES
+from mrelay.messages import Resource
 from mrelay.model.rule import Rule
 from mrelay.model.ruleset import FlowKey, RuleSet, address_text
 
@@ -32,7 +34,6 @@ SETTLE_TRIES = 20
 SETTLE_PAUSE = 0.0005  # seconds
 
 Table = dict[str, Any]
-OutputStates = dict[tuple[str, str], str]  # by rule and output
 Counted = tuple[U64, U64, NDArray[np.float64]]  # by slot: of rules, of links, of rules each second
 
 
@@ -70,7 +71,8 @@ class Stats:
                 book.rules,
                 book.slots,
                 (self._sum("rules"), self._sum("links"), rates),
-                self._reconciler.output_states(),
+                self._reconciler.plans,
+                self._reconciler.trouble(),
             ),
             "flows": flows,
             "engines": {**carried, URING: max(0, flows - sum(carried.values()))},
@@ -82,6 +84,21 @@ class Stats:
         """A table of counters over all workers."""
         tables = [getattr(worker.counters, table) for worker in self._workers.by_number.values()]
         return np.sum(tables, axis=0, dtype=np.uint64) if tables else np.zeros(SHAPES[table], np.uint64)
+
+    def interfaces(self) -> dict[str, tuple[bool, bool]]:
+        """Those that rules name: whether each is up, and whether the fast path is at it."""
+        return {name: self._interface(name) for name in sorted(self._book.interfaces())}
+
+    def _interface(self, name: str) -> tuple[bool, bool]:
+        link = self._links.by_name.get(name)
+        if link is None:
+            return False, False
+        return link.up, self._fast is not None and self._fast.is_at(link.ifindex)
+
+    def processes(self) -> dict[str, Usage]:
+        """What each worker uses."""
+        workers = sorted(self._workers.by_number.values(), key=lambda worker: worker.number)
+        return {f"worker-{worker.number}": usage(worker.pid, worker.statm) for worker in workers}
 
     async def flows(self, limit: int | None = None) -> Table:
         """/v1/flows: all, or so many of the busiest."""
@@ -162,23 +179,46 @@ def _flow_count(worker: Worker) -> int:
     return int(np.count_nonzero((worker.counters.keys[4] != 0) & (worker.counters.flows[0] != 0)))
 
 
-def _rules(rules: tuple[Rule, ...], slots: Slots, counted: Counted, states: OutputStates) -> list[Table]:
-    return [_rule(rule, slots, counted, states) for rule in rules]
+def _rules(
+    rules: tuple[Rule, ...],
+    slots: Slots,
+    counted: Counted,
+    plans: Sequence[RulePlan],
+    trouble: Mapping[Resource, str],
+) -> list[Table]:
+    by_name = {plan.rule.name: plan for plan in plans}
+    return [_rule(rule, slots, counted, RuleStates.of(by_name.get(rule.name), trouble)) for rule in rules]
 
 
-def _rule(rule: Rule, slots: Slots, counted: Counted, states: OutputStates) -> Table:
+class RuleStates(NamedTuple):
+    """A rule's state, and each output's by its text."""
+
+    rule: str
+    outputs: Mapping[str, str]
+
+    @classmethod
+    def of(cls, plan: RulePlan | None, trouble: Mapping[Resource, str]) -> "RuleStates":
+        """By the plan of the last pass, if it had the rule."""
+        if plan is None:
+            return cls(STARTING, {})
+        outputs = {output.text: output_state(output, trouble) for output in plan.outputs}
+        return cls(rule_state(plan, trouble), outputs)
+
+
+def _rule(rule: Rule, slots: Slots, counted: Counted, states: RuleStates) -> Table:
     counts, links, rates = counted
     slot = slots.rules[rule.name]
     packets, octets = _above_base(counts, slot)
     pps, octets_ps = rates[:, slot.index].tolist()
     return {
         "name": rule.name,
+        "state": states.rule,
         "packets": packets,
         "bytes": octets,
         "pps": round(pps, 1),
         "bps": round(octets_ps * 8, 1),
         "outputs": [
-            _output(to, links, slots.links[rule.name, to], states.get((rule.name, to), STARTING))
+            _output(to, links, slots.links[rule.name, to], states.outputs.get(to, STARTING))
             for to in map(str, rule.to)
         ],
     }

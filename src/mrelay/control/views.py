@@ -125,9 +125,10 @@ class OutputStats(BaseModel):
 
 
 class RuleStats(BaseModel):
-    """As in Flow."""
+    """As in Flow; `state` as in Rule."""
 
     name: str
+    state: str
     packets: int
     bytes: int
     pps: float

@@ -66,6 +66,7 @@ class Worker:
     restarts: int
     counters: Counters
     channel: AsyncChannel | None
+    statm: int | None = None  # a descriptor of its /proc/PID/statm
     state: str = "starting"
     egress: str = ""
     told: Order = NOTHING
@@ -97,13 +98,13 @@ class Workers:
 
     def up(self, message: WorkerUp, fds: list[int]) -> None:
         """A worker came up, with its channel and its counters (the same memory as before a restart)."""
-        channel_fd, counters_fd = _two(fds)
+        channel_fd, counters_fd, statm = _two_or_three(fds)
         old = self.by_number.get(message.worker)
         if old is not None:
             self._lost(old)
         counters = Counters(counters_fd, message.flow_limit)
         os.close(counters_fd)
-        worker = Worker(message.worker, message.core, message.pid, message.restarts, counters, None)
+        worker = Worker(message.worker, message.core, message.pid, message.restarts, counters, None, statm)
         worker.state = "restarting" if message.restarts else "starting"
         worker.repairs = old.repairs if old else 0
         self.by_number[message.worker] = worker
@@ -196,16 +197,18 @@ class Workers:
     def _lost(worker: Worker) -> None:
         if worker.channel is not None:
             worker.channel.close()
-        worker.channel, worker.pid, worker.state = None, None, "restarting"
+        if worker.statm is not None:
+            os.close(worker.statm)
+        worker.channel, worker.pid, worker.statm, worker.state = None, None, None, "restarting"
         for future in worker.awaited.values():
             if not future.done():
                 future.set_result(None)
 
 
-def _two(fds: list[int]) -> tuple[int, int]:
-    if len(fds) != 2:
+def _two_or_three(fds: list[int]) -> tuple[int, int, int | None]:
+    if len(fds) not in (2, 3):
         raise BadMessage(f"WorkerUp with {len(fds)} descriptors")
-    return fds[0], fds[1]
+    return fds[0], fds[1], fds[2] if len(fds) == 3 else None
 
 
 def _tell(worker: Worker, order: Order) -> None:

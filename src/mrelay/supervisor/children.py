@@ -53,6 +53,7 @@ class Process:
             raise
         self.pid = self._popen.pid
         self.pidfd = os.pidfd_open(self.pid)
+        self.statm = _statm(self.pid)
         self.channel: Channel | None = Channel(ours, takes_fds=False)
         ours.setblocking(False)
         self._pulse = pulse
@@ -71,9 +72,17 @@ class Process:
         """Clean up after its end; its status, as in subprocess."""
         status = self._popen.wait()
         self.hang_up()
-        os.close(self.pidfd)
-        os.close(self._pulse)
+        for fd in (self.pidfd, self._pulse, *self.statm):
+            os.close(fd)
         return status
+
+
+def _statm(pid: int) -> tuple[int, ...]:
+    """Its /proc/PID/statm, opened for control to read: nothing where /proc hides it from us."""
+    try:
+        return (os.open(f"/proc/{pid}/statm", os.O_RDONLY | os.O_CLOEXEC),)
+    except OSError:
+        return ()
 
 
 class Child:
@@ -105,6 +114,10 @@ class Child:
     @property
     def pidfd(self) -> int:
         return self.process.pidfd if self.process else -1
+
+    @property
+    def statm(self) -> tuple[int, ...]:
+        return self.process.statm if self.process else ()
 
     @property
     def channel(self) -> Channel | None:

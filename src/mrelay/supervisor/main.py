@@ -196,7 +196,7 @@ class Supervisor:
                 if opened.sockets:
                     worker.tell(Granted(what, used=worker.restarts > 0), opened.fds(worker.number))
             up = WorkerUp(worker.number, worker.core, worker.pid, worker.restarts, worker.flow_limit)
-            self._control.tell(up, [theirs.fileno(), worker.counters])
+            self._control.tell(up, [theirs.fileno(), worker.counters, *worker.statm])
 
     def _child_ended(self, child: Child) -> None:
         assert child.process is not None  # noqa: S101  it was running until now
