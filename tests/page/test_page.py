@@ -233,7 +233,7 @@ def test_a_rule_from_its_first_to_its_last_day(
 
 CONFIG = (
     rule("studio-a", "in0:239.1.1.1:5000", "out0:239.2.2.2:6000", "out1:239.2.2.3:6000")
-    + rule("studio-b", "in0:239.1.1.2:5000", "out1:239.2.2.4:6000,ttl=8")
+    + rule("studio-b", "in0:239.1.1.2:5000", "out1:239.2.2.4:6000,ttl=8", health="any,silence=9s")
     + rule("feed-north", "eth9:239.1.1.3:5000", "out0:239.2.2.5:6000")
 )
 
@@ -266,6 +266,16 @@ def test_what_it_shows(star: Star, page: Page, shoot: Callable[[str], None]) -> 
                 expect(page.get_by_role("heading", level=1)).to_be_focused()
             accessible(page, name)
             narrow(page, name)
+        page.evaluate("location.hash = '#/rule/studio-b'")
+        health = page.get_by_role("table", name="Stream health")
+        expect(health.get_by_role("rowheader")).to_contain_text("239.1.1.2:5000")
+        expect(health.get_by_role("row").nth(1)).to_contain_text("none")
+        accessible(page, "stream health")
+        page.get_by_role("link", name="Edit").click()
+        expect(page.get_by_label("Stream health")).to_have_value("any,silence=9s")
+        page.get_by_role("button", name="Save").click()
+        expect(page.get_by_text("Rule studio-b was saved.")).to_be_visible()
+        assert relay.rules()["studio-b"]["health"] == "any,silence=9s", "what was not edited stays"
         page.evaluate("location.hash = '#/'")
         expect(page.locator(".plot .series")).to_have_count(2)
         shoot("overview")

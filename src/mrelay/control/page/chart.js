@@ -7,7 +7,7 @@ const [WIDTH, HEIGHT] = [600, 90];
 const POINTS = 120; // that the relay keeps
 
 /** The chart's element, and `draw({step, end}, [{name, values, kind}])`; null in values is a gap. `show` makes text. */
-export function chart(title, show) {
+export function chart(title, show, least = 1) {
   const lines = s("g", {});
   const cursor = s("line", { class: "cursor", y1: 0, y2: HEIGHT, visibility: "hidden" });
   const svg = s("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img" }, grid(), lines, cursor);
@@ -20,7 +20,7 @@ export function chart(title, show) {
     const series = found.map((one) => ({ ...one, values: padded(one.values) }));
     shown = { frame, series };
     const length = series[0].values.length;
-    const most = niceAbove(Math.max(1, ...series.flatMap((one) => one.values.map((value) => value || 0))));
+    const most = niceAbove(Math.max(least, ...series.flatMap((one) => one.values.map((value) => value || 0))));
     lines.replaceChildren(...series.map((one) => s("path", { class: `series ${one.kind}`, d: pathOf(one.values, most) })));
     setText(top, show(most));
     setText(from, `${duration(length * frame.step)} ago`);

@@ -4,12 +4,13 @@ import { ask, Refused, ruleUrl } from "./api.js";
 import { h, say, setAttr, setText } from "./dom.js";
 import { explain, plain } from "./rule.js";
 import { ruleHref } from "./parts.js";
-import { look, state } from "./store.js";
+import { lookAnew, state } from "./store.js";
 
 const HINTS = {
   name: "Letters, digits, dots, dashes: studio-a",
   from: "INTERFACE:GROUP:PORT, with SOURCE@ before the group for one source: eth0:10.1.1.9@232.1.1.1:5000",
   to: "INTERFACE:ADDRESS:PORT, a group or a host; options after commas: eth1:239.2.2.2:6000,ttl=8",
+  health: "Measures loss, order and jitter: auto, rtp, mpegts; with alarms: rtp,loss=0.1%,silence=5s. Empty: no",
   rate: "What may pass: 10kpps, 50Mbit/s, or both with a comma. Empty: all",
 };
 
@@ -32,7 +33,7 @@ function formPage(title, name) {
       if (place.childElementCount) return; // what somebody types stays
       if (!state.access.change) place.append(h("div", { class: "panel" }, h("p", {}, `You can't change anything here: ${state.access.problem}.`), h("p", { class: "quiet" }, `To change that: ${state.access.remedy}.`)));
       else if (name && !state.byName.has(name)) place.append(h("p", { class: "panel empty" }, `There is no rule ${name}.`));
-      else place.append(ruleForm(name ? plain(state.byName.get(name)) : null));
+      else place.append(ruleForm(name ? plain(name) : null));
     },
   };
 }
@@ -44,9 +45,10 @@ function ruleForm(old) {
   const from = field("from", "From", HINTS.from, old?.from);
   const outputs = h("div", { class: "outputs" });
   const limit = field("rate", "Rate limit (optional)", HINTS.rate, old?.rate);
+  const health = field("health", "Stream health (optional)", HINTS.health, old?.health);
   const local = check("link_local", "Take link-local groups (224.0.0.0/24, ff02::/16)", old?.link_local);
   const loop = check("allow_loop", "Allow that packets go round", old?.allow_loop);
-  for (const one of [name, from, limit, local, loop]) fields.set(one.key, one);
+  for (const one of [name, from, limit, health, local, loop]) fields.set(one.key, one);
   const another = h("button", { type: "button", onclick: () => { addOutput("").input.focus(); } }, "Another output");
   const go = h("button", { type: "submit", class: "primary" }, old ? "Save" : "Add the rule");
   const cancel = h("a", { class: "button", href: old ? ruleHref(old.name) : "#/" }, "Cancel");
@@ -69,8 +71,12 @@ function ruleForm(old) {
     });
   }
   for (const to of old?.to || [""]) addOutput(to);
-  const form = h("form", { class: "panel form", novalidate: true }, summary, name.node, from.node, h("fieldset", {}, h("legend", {}, "Outputs"), outputs, another), limit.node, h("fieldset", {}, h("legend", {}, "Refused unless allowed"), local.node, loop.node), h("p", { class: "buttons" }, go, cancel));
-  const whole = () => ({ name: name.input.value.trim(), from: from.input.value.trim(), to: rows.map((one) => one.input.value.trim()).filter((text, at) => text || at === 0), link_local: local.input.checked, allow_loop: loop.input.checked, ...(limit.input.value.trim() ? { rate: limit.input.value.trim() } : {}) });
+  const form = h("form", { class: "panel form", novalidate: true }, summary, name.node, from.node, h("fieldset", {}, h("legend", {}, "Outputs"), outputs, another), limit.node, health.node, h("fieldset", {}, h("legend", {}, "Refused unless allowed"), local.node, loop.node), h("p", { class: "buttons" }, go, cancel));
+  const whole = () => {
+    const texts = Object.fromEntries([name, from, limit, health].map((one) => [one.key, one.input.value.trim()]).filter(([key, value]) => value || key === "name" || key === "from"));
+    const to = rows.map((one) => one.input.value.trim()).filter((value, at) => value || at === 0);
+    return { ...texts, to, link_local: local.input.checked, allow_loop: loop.input.checked };
+  };
   function showWrong(errors) {
     const filled = rows.filter((one, at) => one.input.value.trim() || at === 0);
     const all = [...fields.values(), ...rows];
@@ -93,7 +99,7 @@ function ruleForm(old) {
     try {
       const rule = whole();
       await (old ? ask("PUT", ruleUrl(old.name), rule) : ask("POST", "v1/rules", rule));
-      await look();
+      await lookAnew();
       say(`Rule ${rule.name} was ${old ? "saved" : "added"}.`);
       location.hash = ruleHref(rule.name);
     } catch (error) {

@@ -3,7 +3,7 @@
 
 import { s, setAttr, setText } from "./dom.js";
 import { perSecond, plural } from "./format.js";
-import { MARKS, troubled } from "./store.js";
+import { MARKS, troubled, wordsOf } from "./store.js";
 
 const LANES = 12; // rules; more are drawn by interface
 const NODES = 6; // on a side of a lane
@@ -36,7 +36,7 @@ function laneOf(rule, flows) {
   const sources = mine.map((flow) => ({ key: `${flow.interface} ${flow.vlan} ${flow.source} ${flow.group} ${flow.port}`, title: flow.source, note: `${flow.interface}${flow.vlan ? `, VLAN ${flow.vlan}` : ""}`, rate: flow.pps, kind: flow.pps > 0 ? "forwarding" : "silent" }));
   const none = [{ key: "none", title: rule.from, note: "nothing arrives", rate: 0, kind: "silent" }];
   const outputs = rule.outputs.map((output) => ({ key: output.to, title: output.to, note: output.state === "up" ? "" : output.state, rate: output.pps, kind: output.state === "up" ? (output.pps > 0 ? "forwarding" : "silent") : "waiting" }));
-  const hub = { key: rule.name, title: rule.name, note: troubled(rule) ? rule.state : rule.from, rate: rule.pps, kind: rule.kind, href: `#/rule/${encodeURIComponent(rule.name)}` };
+  const hub = { key: rule.name, title: rule.name, note: troubled(rule) ? wordsOf(rule) : rule.from, rate: rule.pps, kind: rule.kind, href: `#/rule/${encodeURIComponent(rule.name)}` };
   return { hub, sources: few(sources.length ? sources : none, "sources"), outputs: few(outputs, "outputs") };
 }
 

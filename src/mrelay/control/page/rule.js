@@ -4,10 +4,11 @@ import { ask, get, NoAnswer, Refused, ruleUrl, sentence } from "./api.js";
 import { chart } from "./chart.js";
 import { h, say, setAttr, setText, sync } from "./dom.js";
 import { eventList } from "./events.js";
+import { healthOf } from "./health.js";
 import { bits, count, perSecond, rate } from "./format.js";
 import { badge, endpoint, kindOfOutput, row, ruleBadge, ruleHref, section, table, text } from "./parts.js";
 import { picture } from "./picture.js";
-import { look, state } from "./store.js";
+import { lookAnew, state } from "./store.js";
 
 const HISTORY = 5000; // milliseconds
 
@@ -19,8 +20,9 @@ export function rulePage(name) {
   const charts = { pps: chart("Datagrams a second", perSecond), bps: chart("Payload", bits), errors: chart("Not sent, datagrams a second", perSecond) };
   const outputs = outputTable();
   const flows = flowTable();
+  const health = healthOf(name);
   const happened = eventList((event) => event.rule === name);
-  const whole = h("div", {}, h("div", { class: "panel" }, facts), section("Path", h("div", { class: "panel" }, h("div", {}, drawing))), section("Last ten minutes", h("div", { class: "charts" }, ...Object.values(charts).map((one) => h("div", { class: "panel" }, one)))), outputs.node, flows.node, section("Events", h("div", { class: "panel" }, happened.node)));
+  const whole = h("div", {}, h("div", { class: "panel" }, facts), section("Path", h("div", { class: "panel" }, h("div", {}, drawing))), section("Last ten minutes", h("div", { class: "charts" }, ...Object.values(charts).map((one) => h("div", { class: "panel" }, one)))), health.node, outputs.node, flows.node, section("Events", h("div", { class: "panel" }, happened.node)));
   const gone = h("p", { class: "panel empty" }, `There is no rule ${name}.`);
   const node = h("div", {}, h("p", { class: "back" }, h("a", { href: "#/" }, "All rules")), h("div", { class: "heading" }, h("h1", {}, name), mark, actions), gone, whole);
   let due = 0;
@@ -44,6 +46,7 @@ export function rulePage(name) {
       drawing.draw([rule], state.flows);
       outputs.update(rule);
       flows.update(rule);
+      health.update(rule);
       history();
     },
     close: happened.stop,
@@ -57,7 +60,7 @@ function buttonsOf(rule) {
 
 function drawFacts(list, rule) {
   const allowed = [rule.link_local && "link-local groups", rule.allow_loop && "loops"].filter(Boolean).join(", ");
-  const facts = [["From", rule.from], ["Now", `${perSecond(rule.pps)}, ${bits(rule.bps)}`], ["In all", `${count(rule.packets)} datagrams`], ["Rate limit", rule.rate], ["Allowed", allowed]].filter(([, value]) => value);
+  const facts = [["From", rule.from], ["Now", `${perSecond(rule.pps)}, ${bits(rule.bps)}`], ["In all", `${count(rule.packets)} datagrams`], ["Rate limit", rule.rate], ["Health", rule.health], ["Allowed", allowed]].filter(([, value]) => value);
   sync(list, facts, ([term]) => term, ([term]) => {
     const value = h("dd", {});
     return Object.assign(h("div", {}, h("dt", {}, term), value), { update: ([, now]) => setText(value, now) });
@@ -120,12 +123,13 @@ function confirmRemoval(rule) {
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     go.disabled = true;
+    const whole = plain(rule.name);
     try {
       await ask("DELETE", ruleUrl(rule.name));
       dialog.close();
       location.hash = "#/";
-      say(`Rule ${rule.name} was removed.`, ["Put it back", () => putBack(rule)]);
-      look();
+      say(`Rule ${rule.name} was removed.`, ["Put it back", () => putBack(whole)]);
+      lookAnew();
     } catch (error) {
       go.disabled = false;
       setText(wrong, explain(error));
@@ -135,15 +139,18 @@ function confirmRemoval(rule) {
   dialog.showModal();
 }
 
-/** The rule as the API takes it. */
-export const plain = ({ name, from, to, rate: limit, link_local, allow_loop }) => ({ name, from, to, link_local, allow_loop, ...(limit ? { rate: limit } : {}) });
+/** The rule as the API takes it: what /v1/rules says of it, but for how it is. */
+export function plain(name) {
+  const { state: _, outputs: __, ...rule } = state.texts.get(name);
+  return Object.fromEntries(Object.entries(rule).filter(([, value]) => value !== null));
+}
 
 async function putBack(rule) {
   try {
-    await ask("POST", "v1/rules", plain(rule));
+    await ask("POST", "v1/rules", rule);
     say(`Rule ${rule.name} is back.`);
     location.hash = ruleHref(rule.name);
-    look();
+    lookAnew();
   } catch (error) {
     say(`Rule ${rule.name} could not be put back: ${explain(error)}`);
   }

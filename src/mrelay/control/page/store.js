@@ -7,7 +7,7 @@ const MANY = 500; // rules; above that their states are looked at less often
 const FLOWS = 300; // the busiest are enough for a picture
 
 /** rules, totals, flows, health, access; `since` when the relay stopped answering; `ready` after the first answers. */
-export const state = { ready: false, since: null, access: null, health: null, rules: [], byName: new Map(), flows: [], totals: null };
+export const state = { ready: false, since: null, access: null, health: null, rules: [], byName: new Map(), flows: [], streams: [], totals: null };
 
 const listeners = new Set();
 let before = null; // counters of the last look
@@ -26,6 +26,13 @@ export function look() {
   clearTimeout(timer);
   asking ||= round().finally(() => { asking = null; });
   return asking;
+}
+
+/** Look at all of it, after something was changed: what is being asked may be from before. */
+export async function lookAnew() {
+  await asking;
+  looks = 0;
+  await look();
 }
 
 export function stop() {
@@ -62,15 +69,19 @@ async function fill() {
   if (!state.access.look) return;
   const often = state.rules.length < MANY || looks % 5 === 0;
   looks += 1;
-  const [stats, rules, flows, health] = await Promise.all([
+  const measured = state.rules.some((rule) => rule.health);
+  const [stats, rules, flows, health, streams] = await Promise.all([
     get("v1/stats"),
     often ? get("v1/rules") : null,
     often ? get(`v1/flows?limit=${FLOWS}`) : null,
     often ? get("v1/health") : null,
+    often && measured ? get("v1/streams") : null,
   ]);
   if (rules) state.texts = new Map(rules.rules.map((rule) => [rule.name, rule]));
   if (flows) state.flows = flows.flows;
   if (health) state.health = health;
+  if (often) state.streams = streams?.streams || [];
+  if (often) state.alarms = new Map([...(streams?.rules || []), ...state.streams].filter((one) => one.alarms.length).map((one) => [one.rule, one.alarms]));
   merge(stats, performance.now());
   state.ready = true;
 }
@@ -105,7 +116,7 @@ function view(rule, text, counts, grown) {
   });
   const errorRate = outputs.reduce((sum, output) => sum + output.errorRate, 0);
   const errors = outputs.reduce((sum, output) => sum + output.errors, 0);
-  const found = { ...text, ...rule, outputs, errorRate, errors };
+  const found = { ...text, ...rule, outputs, errorRate, errors, alarms: state.alarms.get(rule.name) || [] };
   return { ...found, kind: kindOf(found) };
 }
 
@@ -115,6 +126,7 @@ function kindOf(rule) {
   if (rule.state.startsWith("error")) return "error";
   if (rule.state !== "up") return "waiting";
   if (rule.errorRate > 0) return "error";
+  if (rule.alarms.length) return "waiting";
   return rule.pps > 0 ? "forwarding" : "silent";
 }
 
@@ -122,6 +134,7 @@ function kindOf(rule) {
 export function wordsOf(rule) {
   if (rule.state !== "up") return rule.state;
   if (rule.errorRate > 0) return "up, but not all is sent";
+  if (rule.alarms.length) return `up, but alarm: ${rule.alarms.join(", ")}`;
   return rule.pps > 0 ? "forwarding" : "up, silent";
 }
 
