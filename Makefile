@@ -16,6 +16,7 @@ ARGS    ?=
 INPUTS  ?= 1200000
 MINUTES ?= 0
 SECONDS ?= 600
+QUICK   ?=
 
 .DEFAULT_GOAL := build
 .DELETE_ON_ERROR:
@@ -68,9 +69,9 @@ soak: $(DEV) ## a relay under mixed traffic and trouble for SECONDS=600: plots a
 	@$(SETUP) root ip ethtool libbpf.so.1
 	@$(ROOT) $(VENV)/python bench/soak.py --seconds $(SECONDS) $(ARGS)
 
-bench: $(DEV) ## throughput and latency beside socat and kernel multicast routing
-	@$(SETUP) root ip ethtool socat smcrouted libbpf.so.1
-	@$(ROOT) $(VENV)/python bench/relay_bench.py $(ARGS)
+bench: $(DEV) ## how fast, at what cost, beside other relays; QUICK=1: the main figures, under 5 minutes
+	@$(SETUP) root ip ethtool socat smcrouted igmpproxy libbpf.so.1
+	@$(ROOT) $(VENV)/python bench/run_bench.py $(if $(QUICK),--quick) $(ARGS)
 
 experiments: $(DEV) ## every experiment: a table of verdicts; fails when a claim no longer holds
 	@$(SETUP) root ip ethtool libbpf.so.1

@@ -1,54 +1,51 @@
-"""The load and the count: an XDP source of paced UDP frames, and a tcx sink that counts datagrams.
+"""The load and the count: paced UDP frames from the kernel or from a socket, and a sink that counts datagrams.
 
-Owns the frames, the two kernel programs and their maps; relay_bench.py drives them. The source rewrites
-each frame's headers from a table (the receiving side may have changed them), goes through the table flow
-by flow, and paces itself in the kernel, so Python's speed doesn't matter. Frames carry right checksums,
-for GRO merges only such as have one, and DF unless told otherwise, as from Linux senders. Leaving
-`Source.offering` blocks until all is sent.
+Owns the kernel programs of load.bpf.c and their maps; measure.py drives them. `XdpSource` runs a program on live
+frames: it rewrites each frame's headers from a table (the receiving side may have changed them), goes through that
+flow by flow, writes the time into the payload, and paces itself in the kernel, so that Python's speed is no
+matter. Frames carry right checksums, for GRO merges only such as have one, and DF unless told otherwise, as from
+Linux senders. `UdpSource` sends from a socket, a frame a datagram or merged by UDP_SEGMENT. Leaving `offering`
+blocks until all is sent.
 """
 
 import contextlib
+import functools
+import os
 import socket
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Protocol, Self
 
-import bpf
+import numpy as np
+
+import histogram
 import lab as labs
-from bpf import (
-    ADD,
-    DW,
-    JEQ,
-    JGE,
-    JGT,
-    JLE,
-    JLT,
-    JNE,
-    MOV,
-    R0,
-    R1,
-    R2,
-    R3,
-    R4,
-    R6,
-    R7,
-    R8,
-    R9,
-    R10,
-    SUB,
-    W,
-)
+import scheduling
+from live import compiled, run_live
+from mrelay.kernel import bpf, libbpf
+from mrelay.traffic.mmsg import SendBatch
+from mrelay.traffic.stream import new_stream_id
 
 HEADERS: Final = 14 + 20 + 8  # Ethernet, IPv4, UDP
-_REWRITTEN: Final = 48  # HEADERS, rounded up to whole u64
-_XDP_DROP: Final = 1  # enum xdp_action
-_TC_ACT_SHOT: Final = 2  # <linux/pkt_cls.h>; TCX_DROP
-_SKB_LEN, _SKB_GSO_SEGS = 0, 164  # struct __sk_buff
-_XDP_DATA, _XDP_DATA_END = 0, 4  # struct xdp_md
-_SPINS: Final = 4000  # looks at the clock in one wait, at ~20 ns: bounds the loop for the verifier
+BURST: Final = 64  # frames that leave together, unless told otherwise
+LONGEST: Final = 3400  # bytes of payload: a live frame has to fit a page, with the kernel's own
+_INTERFACES: Final = 2048  # load.bpf.c, for all of these
+_LOAD: Final = [("next", "<u8"), ("gap", "<u8"), ("sent", "<u8"), ("stop", "<u8"), ("flows", "<u4"),
+                ("flow", "<u4"), ("ifindex", "<u4"), ("timed", "<u4")]  # fmt: skip
+_HEAD: Final = [("bytes", "u1", 48), ("sum", "<u8")]
+_TALLY: Final = [(name, "<u8") for name in ("datagrams", "bytes", "frames", "first", "last")]
+_UNSUMMED: Final = (1 << 64) - 1
+_UDP_SEGMENT: Final = 103  # linux/udp.h
+_DRAIN: Final = 0.15  # seconds for what is under way
+
+
+Enter = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -81,152 +78,210 @@ def frame(flow: Flow, payload: int, *, df: bool = True) -> bytes:
     return ethernet + ip + udp + bytes(payload)
 
 
-class Source:
-    """Sends `flows` in turn, `pps` frames a second in all, out of `ifindex` of the caller's namespace."""
-
-    def __init__(self, ifindex: int, flows: Sequence[Flow], payload: int, pps: float, *, df: bool = True) -> None:
-        self.frame, self.pps = frame(flows[0], payload, df=df), pps
-        self.state = bpf.Array(24)  # u64 time of the next frame, u64 frames so far, u32 next flow
-        self.headers = bpf.Array(_REWRITTEN, len(flows))
-        for index, flow in enumerate(flows):
-            self.headers[index] = frame(flow, payload, df=df)[:_REWRITTEN]
-        program = [*_pace(self.state, round(1e9 / pps)), *_rewrite(self.headers, len(flows)), *_transmit(ifindex)]
-        self.program = bpf.Program(bpf.BPF_PROG_TYPE_XDP, program)
-
-    @property
-    def sent(self) -> int:
-        """Frames offered to the interface so far."""
-        return int(struct.unpack_from("<QQI", self.state[0])[1])
-
-    @contextlib.contextmanager
-    def offering(self, seconds: float) -> Iterator[None]:
-        """Send for `seconds` from a thread that inherits the caller's namespace and core.
-
-        One call for the whole time: the kernel waits an RCU grace period (tens of ms) around every call.
-        """
-        thread = threading.Thread(target=self._send, args=(int(self.pps * seconds),))
-        with labs.real_time(2):  # above the source, which shares the core: the caller must wake to count
-            thread.start()
-            try:
-                yield
-            finally:
-                thread.join()
-                for thing in (self.program, self.state, self.headers):
-                    thing.close()
-
-    def _send(self, frames: int) -> None:
-        with labs.real_time(1):
-            self.program.test_run(self.frame, frames)
+@functools.cache
+def _elf() -> bytes:
+    return compiled(Path(__file__).with_name("load.bpf.c"))
 
 
-def _pace(state: bpf.Array, gap: int) -> list[bpf.Insn | str]:
-    """Count the frame, wait for its time. Being over 1 ms late is not made up for.
+class Programs:
+    """Source and sink, loaded, for frames with at least `payload` bytes. A context manager."""
 
-    Under ~10,000 frames a second _SPINS is not long enough. Frames still leave 64 at a time.
-    """
-    return [
-        bpf.alu_reg(MOV, R6, R1),  # ctx
-        bpf.value_address(R7, state),
-        bpf.load(DW, R1, R7, 8),
-        bpf.alu(ADD, R1, 1),
-        bpf.store(DW, R7, 8, R1),
-        bpf.load(DW, R9, R7, 0),
-        bpf.alu(MOV, R8, 0),
-        "wait",
-        bpf.call(bpf.BPF_FUNC_ktime_get_ns),
-        bpf.jump_reg(JGE, R0, R9, "due"),
-        bpf.alu(ADD, R8, 1),
-        bpf.jump(JLT, R8, _SPINS, "wait"),
-        "due",
-        bpf.alu_reg(MOV, R1, R9),
-        bpf.alu(ADD, R1, 1_000_000),
-        bpf.jump_reg(JLE, R0, R1, "on_time"),
-        bpf.alu_reg(MOV, R9, R0),
-        "on_time",
-        bpf.alu(ADD, R9, gap),
-        bpf.store(DW, R7, 0, R9),
-    ]
+    def __init__(self, payload: int, flows: int = 1) -> None:
+        self.payload, self.indexes, self._stack = payload, list[int](), ExitStack()
+        try:
+            self._load(flows)
+        except BaseException:
+            self._stack.close()
+            raise
 
+    def _load(self, flows: int) -> None:
+        made = self._stack.enter_context(libbpf.Object(_elf(), "load"))
+        made.set_max_entries("heads", flows)
+        made.set_constants(payload=self.payload)
+        made.load()
+        self.source, self._sink = (self._kept(made.program_fd(name)) for name in ("source", "sink"))
+        self.load = self._array(made, "load", 1, _LOAD)
+        self.heads = self._array(made, "heads", flows, _HEAD)
+        self.tallies = self._array(made, "tallies", _INTERFACES, _TALLY)
+        self.delays, self.gaps = (self._array(made, name, histogram.BUCKETS, "<u8") for name in ("delays", "gaps"))
 
-def _rewrite(headers: bpf.Array, flows: int) -> list[bpf.Insn | str]:
-    """Copy the next flow's headers over the frame's."""
-    look_up: list[bpf.Insn | str] = [
-        bpf.load(W, R1, R7, 16),
-        bpf.alu_reg(MOV, R2, R1),
-        bpf.alu(ADD, R2, 1),
-        bpf.jump(JLT, R2, flows, "next_flow"),
-        bpf.alu(MOV, R2, 0),
-        "next_flow",
-        bpf.store(W, R7, 16, R2),
-        bpf.store(W, R10, -4, R1),
-        bpf.map_address(R1, headers),
-        bpf.alu_reg(MOV, R2, R10),
-        bpf.alu(ADD, R2, -4),
-        bpf.call(bpf.BPF_FUNC_map_lookup_elem),
-        bpf.jump(JEQ, R0, 0, "drop"),
-        bpf.load(W, R1, R6, _XDP_DATA),
-        bpf.load(W, R2, R6, _XDP_DATA_END),
-        bpf.alu_reg(MOV, R3, R1),
-        bpf.alu(ADD, R3, _REWRITTEN),
-        bpf.jump_reg(JGT, R3, R2, "drop"),
-    ]
-    for offset in range(0, _REWRITTEN, 8):
-        look_up += [bpf.load(DW, R4, R0, offset), bpf.store(DW, R1, offset, R4)]
-    return look_up
+    def _kept(self, fd: int) -> int:
+        self._stack.callback(os.close, fd)
+        return fd
 
-
-def _transmit(ifindex: int) -> list[bpf.Insn | str]:
-    return [
-        bpf.alu(MOV, R1, ifindex),
-        bpf.alu(MOV, R2, 0),
-        bpf.call(bpf.BPF_FUNC_redirect),
-        bpf.exit_(),
-        "drop",
-        bpf.alu(MOV, R0, _XDP_DROP),
-        bpf.exit_(),
-    ]
-
-
-class Sink:
-    """Counts and drops frames of at least `payload` bytes at tcx ingress of this namespace's interfaces."""
-
-    def __init__(self, ifindexes: Sequence[int], payload: int) -> None:
-        self.payload, self.outputs = payload, len(ifindexes)
-        self.counts = bpf.Array(16 * self.outputs)  # for each output: u64 segments, u64 payload bytes
-        self.open: list[bpf.Descriptor] = [self.counts]
-        for output, ifindex in enumerate(ifindexes):
-            program = bpf.Program(bpf.BPF_PROG_TYPE_SCHED_CLS, _count(self.counts, 16 * output, payload))
-            self.open += [program, program.attach_tcx(ifindex)]
-
-    def segments(self) -> list[int]:
-        """Datagrams so far, for each output, by the kernel's count of segments."""
-        return list(struct.unpack(f"<{2 * self.outputs}Q", self.counts[0])[0::2])
-
-    def datagrams(self) -> list[int]:
-        """The same by payload bytes: equal to `segments` unless a relay changed sizes."""
-        return [n // self.payload for n in struct.unpack(f"<{2 * self.outputs}Q", self.counts[0])[1::2]]
+    def _array(self, made: libbpf.Object, name: str, entries: int, dtype: Any) -> Any:
+        fd = made.map_fd(name)
+        memory = bpf.map_memory(fd, entries * np.dtype(dtype).itemsize)
+        os.close(fd)
+        return np.frombuffer(memory, dtype, entries)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        for thing in reversed(self.open):
-            thing.close()
+        self.close()
+
+    def close(self) -> None:
+        """Unload; closing twice is fine."""
+        self._stack.close()
+
+    # ---- the sink ----------------------------------------------------------------------------------
+
+    def attach(self, ifindexes: Sequence[int]) -> None:
+        """Count at these interfaces of the caller's namespace, one an output."""
+        for ifindex in ifindexes:
+            self._stack.callback(libbpf.attach_ingress(self._sink, ifindex).close)
+        self.indexes += ifindexes
+
+    def datagrams(self) -> list[int]:
+        """So far, for each output, by the kernel's count of segments."""
+        return [int(n) for n in self.tallies["datagrams"][self.indexes]]
+
+    def payload_bytes(self) -> list[int]:
+        """Of these, for each output."""
+        return [int(n) for n in self.tallies["bytes"][self.indexes]]
+
+    def frames(self) -> int:
+        """All so far as they came, merged ones as one."""
+        return int(self.tallies["frames"][self.indexes].sum())
+
+    def first(self) -> int:
+        """CLOCK_MONOTONIC of the first that came since `forget`, ns; 0 when none did."""
+        return int(self.tallies["first"][self.indexes].max())
+
+    def sink_seconds(self) -> float:
+        """What it takes the sink to count a frame."""
+        trial = frame(Flow(labs.SOURCE_ADDRESS, "239.0.0.1", 1), self.payload)
+        counted = self.tallies.copy()
+        taken = libbpf.test_run(self._sink, trial, repeat=10_000).nanoseconds / 1e9
+        self.tallies[:] = counted
+        return taken
+
+    def forget(self) -> None:
+        """Count anew."""
+        for array in (self.tallies, self.delays, self.gaps):
+            array[:] = 0
+
+    @contextlib.contextmanager
+    def timing(self) -> Iterator[None]:
+        """`delays` and `gaps` are kept for the block."""
+        self.load["timed"] = 1
+        try:
+            yield
+        finally:
+            self.load["timed"] = 0
+
+    def drained(self) -> None:
+        """Return when nothing more comes."""
+        before = -1
+        while (now := sum(self.datagrams())) != before:
+            before = now
+            time.sleep(_DRAIN)
 
 
-def _count(counts: bpf.Array, offset: int, payload: int) -> list[bpf.Insn | str]:
-    return [
-        bpf.load(W, R2, R1, _SKB_LEN),
-        bpf.jump(JLT, R2, HEADERS + payload, "drop"),  # ARP, IGMP
-        bpf.load(W, R3, R1, _SKB_GSO_SEGS),
-        bpf.jump(JNE, R3, 0, "merged"),
-        bpf.alu(MOV, R3, 1),
-        "merged",
-        bpf.value_address(R4, counts, offset),
-        bpf.atomic_add(R4, 0, R3),
-        bpf.alu(SUB, R2, HEADERS),
-        bpf.atomic_add(R4, 8, R2),
-        "drop",
-        bpf.alu(MOV, R0, _TC_ACT_SHOT),
-        bpf.exit_(),
-    ]
+class Source(Protocol):
+    """What sends."""
+
+    @property
+    def sent(self) -> int:
+        """Datagrams so far."""
+
+    def offering(self, pps: float, seconds: float) -> contextlib.AbstractContextManager[None]:
+        """`pps` datagrams a second for `seconds`, from a thread with the caller's core."""
+
+
+class XdpSource:
+    """Sends `frames`, all of one length and with zeros as payload, in turn, `burst` at a time.
+
+    Out of `interface` of the namespace that `enter` brings a thread into.
+    """
+
+    def __init__(
+        self, programs: Programs, frames: Sequence[bytes], interface: str, enter: Enter, *, burst: int = BURST
+    ) -> None:
+        self._programs, self._burst, self._frame, self._enter = programs, burst, frames[0], enter
+        for index, each in enumerate(frames):
+            (check,) = struct.unpack_from("<H", each, HEADERS - 2)
+            programs.heads["bytes"][index] = np.frombuffer(each[:48], "u1")
+            programs.heads["sum"][index] = ~check & 0xFFFF if check else _UNSUMMED
+        programs.load["flows"], programs.load["flow"] = len(frames), 0
+        with enter():
+            programs.load["ifindex"] = socket.if_nametoindex(interface)
+
+    @property
+    def sent(self) -> int:
+        """Frames offered to the interface so far."""
+        return int(self._programs.load["sent"][0])
+
+    @contextlib.contextmanager
+    def offering(self, pps: float, seconds: float) -> Iterator[None]:
+        """See Source."""
+        load = self._programs.load
+        load["gap"], load["next"], load["stop"] = round(1e9 / pps), time.monotonic_ns(), 0
+        thread = threading.Thread(target=self._send, args=(int(pps * seconds),), daemon=True)
+        with _above(thread):
+            try:
+                yield
+            except BaseException:
+                load["stop"] = 1
+                raise
+
+    def _send(self, frames: int) -> None:
+        with scheduling.real_time(1):
+            self.send(frames)
+
+    def send(self, frames: int) -> None:
+        """Send so many as the calling thread, at the pace that was set last (at first: at once)."""
+        with self._enter():
+            run_live(self._programs.source, self._frame, frames, self._burst)
+
+
+class UdpSource:
+    """One flow from a socket, `BURST` datagrams a system call. `merged`: one frame for many (UDP_SEGMENT)."""
+
+    def __init__(self, lab: labs.Lab, flow: Flow, payload: int, *, merged: bool = False) -> None:
+        self._merged, self.sent = merged, 0
+        count = min(BURST, 65000 // payload) if merged else BURST
+        self._batch = SendBatch(new_stream_id(), payload, count)
+        with labs.inside(lab.source):
+            self._sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, 16)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+        if merged:
+            self._sock.setsockopt(socket.IPPROTO_UDP, _UDP_SEGMENT, payload)
+        self._sock.connect((flow.group, flow.port))
+        self._stop = False
+
+    @contextlib.contextmanager
+    def offering(self, pps: float, seconds: float) -> Iterator[None]:
+        """See Source."""
+        self._stop = False
+        thread = threading.Thread(target=self._send, args=(pps, seconds), daemon=True)
+        with _above(thread):
+            try:
+                yield
+            except BaseException:
+                self._stop = True
+                raise
+
+    def _send(self, pps: float, seconds: float) -> None:
+        with scheduling.real_time(1):
+            start, sent, total = time.monotonic(), 0, int(pps * seconds)
+            while sent < total and not self._stop:
+                count = min(self._batch.count, total - sent)
+                while time.monotonic() < start + sent / pps:
+                    pass
+                send = self._batch.send_merged if self._merged else self._batch.send
+                sent += send(self._sock, count)
+                self.sent += count
+
+
+@contextlib.contextmanager
+def _above(thread: threading.Thread) -> Iterator[None]:
+    """The thread runs; the caller, who shares its core, comes before it, for it must wake to count."""
+    with scheduling.real_time(2):
+        thread.start()
+        try:
+            yield
+        finally:
+            thread.join()

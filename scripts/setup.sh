@@ -106,15 +106,18 @@ install_tools() {
     [ -n "$missing" ] || return 0
     # shellcheck disable=SC2086  # a list of package names
     apt_install $missing
-    case $missing in *smcroute*) silence_smcroute ;; esac
+    case $missing in *smcroute*) silence smcroute smcroute-helper ;; esac
+    case $missing in *igmpproxy*) silence igmpproxy ;; esac
 }
 
-# Debian starts smcrouted on the host with its package; we want the command, not a multicast router
-# here. Only reached when this run installed the package, so nobody's own service is stopped.
-silence_smcroute() {
+# silence SERVICE ...: Debian starts multicast routers on the host with their packages; we want the commands, not a
+# router here. Only reached when this run installed the package, so nobody's own service is stopped.
+silence() {
     [ -d /run/systemd/system ] || return 0
-    as_root systemctl disable --quiet --now smcroute.service smcroute-helper.service || true
-    say "smcroute's own service is left disabled"
+    for service in "$@"; do
+        as_root systemctl disable --quiet --now "$service.service" || true
+    done
+    say "the service $1 is left disabled"
 }
 
 # Debian's promtool comes with a Prometheus that would start here; all we want of the package is this one program. Its

@@ -15,7 +15,7 @@ from typing import Final, Self
 
 from mrelay.demo.topology import End, Namespace, connect
 from mrelay.kernel.ethtool import features, set_features
-from traffic import HEADERS, Flow, Source, checksum, frame
+from traffic import HEADERS, Flow, Programs, XdpSource, checksum, frame
 
 SOURCE: Final = "10.200.0.1"
 GROUP, PORT = "239.1.1.1", 5000  # of the first flow
@@ -27,7 +27,6 @@ FORWARDING: Final = "rx-udp-gro-forwarding"
 UDP_SEGMENTATION: Final = "tx-udp-segmentation"
 GENERIC_SEGMENTATION: Final = "tx-generic-segmentation"
 CHECKSUMMING: Final = "tx-checksum-ip-generic"
-_REWRITTEN: Final = 48  # bytes of each frame that bench's Source takes from its table
 
 
 def flows(count: int, run: int = 1) -> list[Flow]:
@@ -92,18 +91,16 @@ class Load:
     def __init__(
         self, lab: Lab, turns: list[Flow], payload: int, pps: float, *, df: bool = True, checked: bool = True
     ) -> None:
-        self._lab = lab
-        with lab.source.inside():
-            self._source = Source(socket.if_nametoindex("s0"), turns, payload, pps)
-        for index, flow in enumerate(turns):
-            self._source.headers[index] = _altered(frame(flow, payload), df, checked)[:_REWRITTEN]
+        self._programs = Programs(payload, len(turns))
+        self._programs.load["gap"] = round(1e9 / pps)
+        frames = [_altered(frame(flow, payload), df, checked) for flow in turns]
+        self._source = XdpSource(self._programs, frames, "s0", lab.source.inside)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for thing in (self._source.program, self._source.state, self._source.headers):
-            thing.close()
+        self._programs.close()
 
     @contextlib.contextmanager
     def running(self, frames: int) -> Iterator[threading.Thread]:
@@ -122,8 +119,7 @@ class Load:
 
     def _send(self, frames: int) -> None:
         os.sched_setaffinity(0, {LOAD_CORE})  # of this thread
-        with self._lab.source.inside():  # where the program runs, its interface number is looked up
-            self._source.program.test_run(self._source.frame, frames)
+        self._source.send(frames)
 
 
 def _altered(data: bytes, df: bool, checked: bool) -> bytes:

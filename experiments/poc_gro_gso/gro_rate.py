@@ -13,7 +13,7 @@ from gro_lab import Lab, Load, flows
 from gro_relay import Relay
 
 from experiment import Experiment
-from traffic import Sink
+from traffic import Programs
 
 OFFERED: Final = 1.2e6  # datagrams a second: more than one loop can take one by one
 FRAMES: Final = 40_000  # for one measurement
@@ -118,9 +118,9 @@ def measure_all(
 ) -> Rates:
     """Each case in each way, taking turns. Not `merging`: GRO stays off; not `checked`: no UDP checksum ever."""
     rates = Rates()
-    with lab.sink.inside():
-        sink = Sink(lab.sink_indexes(), 1)
-    with sink:
+    with Programs(1) as sink:
+        with lab.sink.inside():
+            sink.attach(lab.sink_indexes())
         for _ in range(rounds):
             for case, way in cases:
                 lab.merge(on=way != PLAIN and merging)
@@ -129,7 +129,7 @@ def measure_all(
     return rates
 
 
-def _measure(lab: Lab, sink: Sink, case: Case, way: str, checked: bool) -> Rate:
+def _measure(lab: Lab, sink: Programs, case: Case, way: str, checked: bool) -> Rate:
     """One measurement: from the first frame of the load to the last one forwarded."""
     turns = flows(case.flows, case.run)
     how = "split" if way == SPLIT else "segment"
@@ -150,14 +150,14 @@ def _measure(lab: Lab, sink: Sink, case: Case, way: str, checked: bool) -> Rate:
 class _Counted:
     """What the sink had counted on the case's outputs when this was made."""
 
-    def __init__(self, sink: Sink, case: Case) -> None:
+    def __init__(self, sink: Programs, case: Case) -> None:
         self._sink, self._case = sink, case
         self._before = self._now()
 
     def _now(self) -> tuple[list[int], list[int]]:
         """Segments and bytes of payload, by output."""
         outputs = self._case.outputs
-        return self._sink.segments()[:outputs], self._sink.datagrams()[:outputs]
+        return self._sink.datagrams()[:outputs], self._sink.payload_bytes()[:outputs]
 
     def rose_by(self, datagrams: int) -> bool:
         """Whether just so many more came, or come soon, on every output, by segments and by bytes."""

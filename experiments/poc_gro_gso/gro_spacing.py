@@ -18,7 +18,7 @@ from gro_lab import LOAD_CORE, OUT_PORT, PORT, Lab, flows
 from gro_look import Tap, open_source
 from gro_relay import Relay
 
-from lab import real_time
+from scheduling import real_time
 
 GAP: Final = 50_000  # ns between two datagrams
 HOLD: Final = 1_000_000  # ns that GRO may hold back what it merges, when asked to

@@ -23,7 +23,7 @@ from gro_relay import Relay
 
 from experiment import Experiment
 from mrelay.demo.kernel_route import KernelRoute
-from traffic import Sink
+from traffic import Programs
 
 HELD: Final = 8  # MAX_GRO_SKBS, net/core/gro.c: flows of one hash bucket; frames without receive hash share one
 BASE: Final = Case()
@@ -63,9 +63,9 @@ def check_host(experiment: Experiment, lab: Lab) -> None:
     try:
         lab.merge(on=True)
         lab.offload(segmentation=False)
-        with lab.sink.inside():
-            sink = Sink(lab.sink_indexes(), BASE.payload)
-        with sink, Load(lab, flows(1), BASE.payload, 1e6) as load:
+        with Programs(BASE.payload) as sink, lab.sink.inside():
+            sink.attach(lab.sink_indexes())
+        with Load(lab, flows(1), BASE.payload, 1e6) as load:
             load.send(POLL)
     except (OSError, RuntimeError) as error:
         experiment.lacks(f"Linux 6.6 with XDP live frames, tcx and UDP GRO forwarding ({error})")
@@ -195,14 +195,15 @@ def _route(lab: Lab, *, merge: bool, df: bool) -> tuple[int, int]:
     lab.offload()
     with lab.relay.inside():
         route = KernelRoute(SOURCE, GROUP, "r0", ["r1"])
+    sink = Programs(BASE.payload)
     with lab.sink.inside():
-        sink = Sink(lab.sink_indexes(), BASE.payload)
+        sink.attach(lab.sink_indexes())
     before = _frag_fails(lab)
     end = time.monotonic() + _SETTLED
     with route, sink, Load(lab, flows(1), BASE.payload, 1e5, df=df) as load:
         load.send(KERNEL_FRAMES * POLL)
         while True:
-            out, fails = sink.segments()[0], _frag_fails(lab) - before
+            out, fails = sink.datagrams()[0], _frag_fails(lab) - before
             if out + fails * POLL >= KERNEL_FRAMES * POLL or time.monotonic() > end:
                 return out, fails
 

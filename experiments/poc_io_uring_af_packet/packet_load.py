@@ -16,7 +16,7 @@ from typing import Final, Self
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))  # the XDP source
 from mrelay.demo.topology import End, Namespace, connect
-from traffic import Flow, Source
+from traffic import Flow, Programs, XdpSource, frame
 
 FLOW: Final = Flow("10.99.0.1", "239.1.1.1", 5000)
 # /sys shows the namespace that mounted it: a mount of our own, gone with the shell
@@ -58,9 +58,10 @@ class Network:
     @contextlib.contextmanager
     def offering(self, payload: int, pps: float, seconds: float) -> Iterator[None]:
         """Frames of one flow meanwhile, from the source's core; this thread is on the receivers' one."""
-        with self.source.inside():
+        with Programs(payload) as programs:
             os.sched_setaffinity(0, {self.source_core})
-            with Source(socket.if_nametoindex("out0"), [FLOW], payload, pps).offering(seconds):
+            source = XdpSource(programs, [frame(FLOW, payload)], "out0", self.source.inside)
+            with source.offering(pps, seconds):
                 os.sched_setaffinity(0, {self.relay_core})
                 os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))  # only the source is real-time
                 yield

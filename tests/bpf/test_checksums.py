@@ -4,17 +4,16 @@ A wrong one loses nothing at once: receivers sum again, and the kernel logs "hw 
 the test's own looks at it, before and after.
 """
 
-import importlib.util
 import os
 import socket
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+import live  # bench/live.py
 from bpf_rig import FastPath, Out, key, packed
 from mrelay.kernel import bpf, libbpf
 from netns import frames
@@ -22,26 +21,13 @@ from netns.lab import SOURCE, SOURCE_6, Lab, Namespace, Star
 from netns.traffic import Capture, send_frames
 
 pytestmark = pytest.mark.netns
-TREE = Path(__file__).resolve().parents[2]
 TUNNEL = "type vxlan id 7 dstport 4789 udpcsum"  # its receiving end turns a good outer checksum into skb->csum
 
 
-def setup_script() -> ModuleType:
-    """setup.py, which has the compiler's command line."""
-    spec = importlib.util.spec_from_file_location("mrelay_setup", TREE / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def elf(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def elf() -> bytes:
     """The program that looks."""
-    target = tmp_path_factory.mktemp("bpf") / "complete.bpf.o"
-    setup_script().compile_program(Path(__file__).with_name("complete.bpf.c"), target)
-    return target.read_bytes()
+    return live.compiled(Path(__file__).with_name("complete.bpf.c"))
 
 
 @pytest.fixture

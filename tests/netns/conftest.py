@@ -34,4 +34,4 @@ def folder() -> Iterator[Path]:
 def numbers_elf(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The programs of numbered.py, compiled; skips where they can't be loaded."""
     fast.require()
-    return numbered.compiled(tmp_path_factory.mktemp("bpf"))
+    return numbered.compiled()

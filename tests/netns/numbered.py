@@ -4,25 +4,23 @@ Python could neither send nor count 100,000 datagrams a second beside the relay.
 `Load` is a thread that blocks in the kernel until all is sent, or `stop`.
 """
 
-import importlib.util
 import os
 import socket
 import struct
 import threading
 from contextlib import ExitStack
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Final, NamedTuple, Self
 
 import numpy as np
 
-import bpf as raw  # bench/bpf.py
+from live import compiled as compiled_source  # bench/live.py
+from live import run_live
 from mrelay.ebpf import load
 from mrelay.kernel import bpf, libbpf
 from netns import frames
 from netns.lab import Namespace, Star, eventually
 
-TREE: Final = Path(__file__).resolve().parents[2]
 PORT, FIRST_PORT = 5000, 6000  # in; out, of the first output
 NUMBERS, OUTPUTS, FLOWS = 1 << 20, 2, 1024  # numbered.bpf.c
 MOST_FLOWS: Final = FLOWS
@@ -36,21 +34,9 @@ _SIZES: Final = {  # name: entries and the element's dtype
 }  # fmt: skip
 
 
-def setup_script() -> ModuleType:
-    """setup.py, which has the compiler's command line."""
-    spec = importlib.util.spec_from_file_location("mrelay_setup", TREE / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def compiled(folder: Path) -> bytes:
+def compiled() -> bytes:
     """The object file."""
-    target = folder / "numbered.bpf.o"
-    setup_script().compile_program(Path(__file__).with_name("numbered.bpf.c"), target)
-    return target.read_bytes()
+    return compiled_source(Path(__file__).with_name("numbered.bpf.c"))
 
 
 class Outcome(NamedTuple):
@@ -169,7 +155,7 @@ class Load(threading.Thread):
         """In the source's namespace."""
         try:
             with self._namespace.inside():
-                raw.run_live(self._program, self._frame, self._count)
+                run_live(self._program, self._frame, self._count)
         except BaseException as error:  # noqa: BLE001  it is raised where the test waits
             self._error = error
 

@@ -1,0 +1,102 @@
+"""In which order everything is measured, and how long that takes. Pure.
+
+Peers take turns within each round, and begin with another one in each, so that a slow spell of the machine falls
+on all of them. Called by run_bench.py.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Final
+
+import measure
+from cases import LATENCY_RATES, SECTIONS, Case, Section
+from peers import Peer
+
+START: Final = 1.3  # seconds that a step takes beside its load: namespaces, start, stop, namespaces
+START_OURS: Final = 2.8  # mrelay is more than one process
+
+
+@dataclass(frozen=True)
+class Step:
+    """One peer in one case in one round; `seconds` as far as one can tell before."""
+
+    round: int
+    section: Section
+    case: Case
+    peer: Peer
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.section.title}: {self.case}: {self.peer.name}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was asked for; None: all."""
+
+    sections: Sequence[str] | None = None
+    peers: Sequence[str] | None = None
+    rounds: int = 3
+    quick: bool = False
+
+
+def steps(choice: Choice, peers: Sequence[Peer], setup: measure.Setup) -> list[Step]:
+    """All of them, in order."""
+    return [step for number in range(1, choice.rounds + 1) for step in _round(choice, number, peers, setup)]
+
+
+def _round(choice: Choice, number: int, peers: Sequence[Peer], setup: measure.Setup) -> Iterator[Step]:
+    for section in SECTIONS:
+        if choice.sections is not None and section.name not in choice.sections:
+            continue
+        if number > max(1, ceil(choice.rounds * section.share)):
+            continue
+        for case in section.quick if choice.quick and choice.sections is None else section.cases:
+            able = [peer for peer in peers if peer.can(section, case) and _asked(choice, peer)]
+            if case.workers > 1 and setup.cores.second is None:
+                continue
+            first = number % len(able) if able else 0
+            for peer in able[first:] + able[:first]:
+                start = START_OURS if peer.ours else START
+                yield Step(number, section, case, peer, start + _seconds(setup, section, case))
+
+
+def _asked(choice: Choice, peer: Peer) -> bool:
+    return choice.peers is None or peer.name in choice.peers
+
+
+def _seconds(setup: measure.Setup, section: Section, case: Case) -> float:
+    """Of load."""
+    if section.measure == "latency":
+        return len(LATENCY_RATES) * (setup.warm + setup.seconds + 0.7)
+    if section.measure == "spacing":
+        return len(measure.SPACING_RATES) * (setup.warm + setup.seconds + 0.7)
+    if section.measure == "changes":
+        return measure.ADDED * 1.7 + 11
+    load = setup.warm + 2 * setup.seconds + 2.5 + 2.2 * case.flows / measure.LEARN_RATE + case.rules / 1000
+    if section.search and case.outputs == 1:
+        load += 1.5 * (setup.steps + 1) * (setup.trial + 0.4)
+    if section.curve and setup.curve and case.outputs == 1:
+        load += len(measure.LOADS) * (setup.trial / 2 + 0.5)
+    return load + 0.02 * case.outputs
+
+
+@dataclass
+class Clock:
+    """How much is left, by what the steps so far took beside what was expected."""
+
+    expected: float
+    done: float = 0.0
+    took: float = field(default=0.0)
+
+    def step(self, expected: float, took: float) -> None:
+        """One is over."""
+        self.done += expected
+        self.took += took
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        pace = self.took / self.done if self.done > 20 else 1.0
+        return max(0.0, self.expected - self.done) * pace

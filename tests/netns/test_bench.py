@@ -1,0 +1,68 @@
+"""The benchmark from end to end, as small as it goes: measures, writes what it found, leaves nothing behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from netns import fast
+from netns.lab import eventually
+
+pytestmark = [pytest.mark.netns, pytest.mark.alone]
+BENCH = Path(__file__).resolve().parents[2] / "bench" / "run_bench.py"
+BACKLOG = Path("/proc/sys/net/core/netdev_max_backlog")
+
+
+def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
+    fast.require()
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two processors")
+    line = [sys.executable, str(BENCH), "--out", str(out), *arguments]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def left_behind(pid: int) -> list[str]:
+    return [each.name for each in Path("/run/netns").glob(f"mrb{pid}-*")]
+
+
+def test_measures_and_clears_away(tmp_path: Path) -> None:
+    backlog = BACKLOG.read_text()
+    run = start(
+        tmp_path, "--only", "small", "latency", "--peers", "mrelay-tc", "--rounds", "1", "--seconds", "0.3",
+        "--pps", "200000",
+    )  # fmt: skip
+    said, _ = run.communicate(timeout=55)
+    assert run.returncode == 0, said
+    assert not left_behind(run.pid)
+    assert BACKLOG.read_text() == backlog
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["complete"]
+    load = next(sample for sample in result["samples"] if sample["section"] == "small")["figures"]
+    assert 0 < load["out"] <= load["offered"] * 1.1
+    assert load["cpu"] > 0
+    assert load["pss"] > 10
+    delays = [sample["figures"] for sample in result["samples"] if sample["section"] == "latency"]
+    assert all(0 < each["p50"] <= each["p99"] <= each["max"] for each in delays), delays
+    assert (tmp_path / "latency.svg").exists()
+    assert "Latency at 1,000/s" in said
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
+    load = ("--rounds", "50", "--seconds", "0.1", "--pps", "50000")
+    run = start(tmp_path, "--only", "small", "--peers", "mrelay-uring", *load)
+    result = tmp_path / "result.json"
+    eventually(result.exists, "the first figures", 40)
+    time.sleep(0.5)  # anywhere within the next step
+    run.send_signal(signal.SIGINT)
+    said, _ = run.communicate(timeout=30)
+    assert run.returncode == 0, said
+    assert not left_behind(run.pid)
+    found = json.loads(result.read_text())
+    assert found["samples"]
+    assert not found["complete"]
+    assert "interrupted" in said
