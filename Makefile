@@ -43,7 +43,7 @@ demo: $(PROGRAM) ## source, relay and receivers in namespaces of their own, live
 
 test: $(DEV) ## all tests; those that build network namespaces run as root
 	@$(SETUP) promtool
-	@$(SETUP) root ip ethtool libbpf.so.1
+	@$(SETUP) root ip ethtool tshark libbpf.so.1
 ifeq ($(ROOT),)
 	$(PYTEST) $(ARGS)
 else

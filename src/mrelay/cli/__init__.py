@@ -120,6 +120,20 @@ COMMANDS: Final = (
         ),
     ),
     Command(
+        "capture",
+        "mrelay.cli.capture:capture",
+        READ,
+        "Write the packets of a rule or flow to a pcapng file, for tshark and the like.\n\n"
+        "--side in: as they arrive, whatever carries them; out: as they leave; dropped: those that the relay "
+        "would drop, with the reason as the packet's comment. What XDP carries can't be captured. Ends after "
+        "--seconds, --packets or --bytes, or with Ctrl-C; merged frames are taken apart, VLAN tags are put back.",
+        (
+            "mrelay capture studio-a -w studio-a.pcapng",
+            "mrelay capture studio-a --side dropped --seconds 30 -w - | tshark -r -",
+            "mrelay capture eth0:10.1.1.9@239.1.1.1:5000 --packets 100",
+        ),
+    ),
+    Command(
         "stop",
         "mrelay.cli.stop:stop",
         CHANGE,

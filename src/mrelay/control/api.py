@@ -19,8 +19,9 @@ from mrelay.control import answers, eventstream, page, views
 from mrelay.control.answers import as_json, json_of_many
 from mrelay.control.events import Cursor, Page
 from mrelay.control.eventstream import EventStream
+from mrelay.control.observe import NoRule
 from mrelay.control.observe_api import add_observing
-from mrelay.control.relay import Exists, NoRule, Relay
+from mrelay.control.relay import Exists, Relay
 from mrelay.control.supervisor import RequestFailed
 from mrelay.model.issue import ConfigError, Issue
 

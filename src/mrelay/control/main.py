@@ -231,7 +231,7 @@ class Control:
         stats = Stats(self.workers, book, links, self._reconciler, sampler, fast, streams)
         host = Host(self._supervisor_started, *self._statm, self._landlock)
         why_not = self._no_fast_path if fast is None else ""
-        observe = Observe(self.supervisor, links, stats, streams)
+        observe = Observe(self.supervisor, links, stats, streams, book)
         self._relay = Relay(
             book,
             self._reconciler,

@@ -16,7 +16,7 @@ from mrelay.control.events import EventLog
 from mrelay.control.fastpath import EBPF, URING
 from mrelay.control.history import History
 from mrelay.control.metrics import Facts, exposition
-from mrelay.control.observe import Observe
+from mrelay.control.observe import NoRule, Observe
 from mrelay.control.proc import Usage, usage
 from mrelay.control.reconcile import Reconciler
 from mrelay.control.rulebook import Rulebook, difference, merge
@@ -34,10 +34,6 @@ Table = dict[str, Any]
 
 class Exists(Exception):
     """There is a rule of this name."""
-
-
-class NoRule(Exception):
-    """There is no rule of this name."""
 
 
 class Host(NamedTuple):

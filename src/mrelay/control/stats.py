@@ -118,6 +118,10 @@ class Stats:
         """Flows that the fast path carries now, by engine."""
         return {XDP: 0, EBPF: 0} if self._fast is None else self._fast.carried()
 
+    def at_ingress(self, ifindex: int) -> bool:
+        """Whether the fast path takes an interface's frames first."""
+        return self._fast is not None and self._fast.is_at(ifindex)
+
     def outliving(self) -> int:
         """Those that the kernel would go on with if the relay ended."""
         return sum(self.carried().values()) if self._fast is not None and self._fast.pinned else 0

@@ -355,3 +355,19 @@ DISCOVER_SCHEMA: Final[dict[str, Any]] = {
     },
     "additionalProperties": False,
 }
+CAPTURE_SCHEMA: Final[dict[str, Any]] = {
+    "type": "object",
+    "required": ["what"],
+    "properties": {
+        "what": {
+            "type": "string",
+            "examples": ["studio-a", "eth0:10.1.1.9@239.1.1.1:5000"],
+            "description": "a rule's name, or a flow, written as an input",
+        },
+        "side": {"type": "string", "enum": ["in", "out", "dropped"], "default": "in"},
+        "seconds": {"type": "number", "exclusiveMinimum": 0, "maximum": 3600, "default": 10},
+        "packets": {"type": "integer", "minimum": 1, "maximum": 10000000, "default": 10000000},
+        "bytes": {"type": "integer", "minimum": 1, "maximum": 10000000000, "default": 100000000},
+    },
+    "additionalProperties": False,
+}
