@@ -87,6 +87,15 @@ COMMANDS: Final = (
         ("mrelay workers", "mrelay workers --watch --every 5"),
     ),
     Command(
+        "top",
+        "mrelay.cli.top:top",
+        READ,
+        "Watch rules and flows in the terminal: rates, engines, errors, the last minute.\n\n"
+        "Enter opens a rule with its outputs and flows, Escape goes back; Tab turns between rules and flows, s "
+        "changes the order, / looks for words, q quits. A relay that restarts is waited for.",
+        ("mrelay top", "mrelay top --show flows --sort bits --filter 239.1.1", "mrelay top --once --sort state"),
+    ),
+    Command(
         "events",
         "mrelay.cli.events:events",
         READ,
