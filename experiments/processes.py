@@ -309,7 +309,7 @@ class _Worker:
                 self._rules = {slot: put for slot, put in changed.items() if put is not None}
                 self._incoming = {}
                 self.channel.send(Committed(generation, "none", 0))
-            case Granted(OpenEgress(output)):
+            case Granted((OpenEgress(output),)):
                 self._sockets[output] = socket.socket(fileno=fds[0])
             case Sync(number):
                 self.channel.send(Synced(number, 0, 0))

@@ -8,7 +8,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mrelay.control.channel import AsyncChannel
 from mrelay.control.supervisor import Event, Supervisor
@@ -22,14 +22,15 @@ from mrelay.messages import (
     Committed,
     Done,
     DropRule,
-    Failed,
     Grant,
     Listen,
     Listening,
     LogLevel,
     Message,
+    Outcome,
     PutRule,
     Ready,
+    Refusal,
     Release,
     Resource,
     StartWorkers,
@@ -130,7 +131,7 @@ class FakeSupervisor:
 
     events: list[Said] = field(default_factory=list)
     held: set[Resource] = field(default_factory=set)
-    refuses: dict[Resource, Failed] = field(default_factory=dict)
+    refuses: dict[Resource, Refusal] = field(default_factory=dict)
     workers: list[FakeWorker] = field(default_factory=list)
     listener: int | None = None
     owner: tuple[int, int] = (os.getuid(), os.getgid())
@@ -143,7 +144,7 @@ class FakeSupervisor:
 
     def refuse(self, what: Resource, problem: str, errno: int = 1) -> None:
         """Fail to open it from now on."""
-        self.refuses[what] = Failed(0, errno, problem, "")
+        self.refuses[what] = Refusal(0, errno, problem, "")
 
     def hang_up(self) -> None:
         """Be gone."""
@@ -159,9 +160,9 @@ class FakeSupervisor:
             case Grant():
                 self._grant(message)
             case Release():
-                self.events.append(("release", message.what))
-                self.held.discard(message.what)
-                self.channel.send(Done(message.id))
+                self.events += [("release", what) for what in message.what]
+                self.held.difference_update(message.what)
+                self.channel.send(Outcome(message.id, ()))
             case Listen():
                 assert self.listener is not None
                 self.events.append(("listen", message.mode))
@@ -181,14 +182,13 @@ class FakeSupervisor:
                 raise BadMessage(str(message))
 
     def _grant(self, message: Grant) -> None:
-        refusal = self.refuses.get(message.what)
-        if refusal is not None:
-            self.events.append(("refuse", message.what))
-            self.channel.send(Failed(message.id, refusal.errno, refusal.problem, refusal.remedy))
-            return
-        self.events.append(("grant", message.what))
-        self.held.add(message.what)
-        self.channel.send(Done(message.id))
+        refused = [at for at, what in enumerate(message.what) if what in self.refuses]
+        for at, what in enumerate(message.what):
+            self.events.append(("refuse" if at in refused else "grant", what))
+        granted = set(message.what) - self.refuses.keys()
+        self.held |= granted
+        refusals = tuple(replace(self.refuses[message.what[at]], at=at) for at in refused)
+        self.channel.send(Outcome(message.id, refusals))
 
     def start_worker(self, number: int) -> None:
         """Start one, and tell control."""

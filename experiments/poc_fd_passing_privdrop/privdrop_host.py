@@ -62,7 +62,7 @@ class Network:
         with self.relay.inside():
             index = socket.if_nametoindex("in0")
             ring, _ = packet.open_ring(index, SLOTS, packet.SLOT, None, shared=False)
-        return Granted(OpenIngress(index, SLOTS), used=False), ring
+        return Granted((OpenIngress(index, SLOTS),), used=False), ring
 
     def open_bare(self) -> socket.socket:
         """A packet socket that is bound to in0 and nothing else."""

@@ -94,8 +94,8 @@ class Worker:
     def receive(self) -> dict[str, Any]:
         """The ring comes deaf; its filter is ours to set, and needs no privilege."""
         got = self._channel.receive()
-        assert got is not None and isinstance(got[0], Granted) and isinstance(got[0].what, OpenIngress)
-        (fd,), slots = got[1], got[0].what.slots
+        assert got is not None and isinstance(got[0], Granted) and isinstance(got[0].what[0], OpenIngress)
+        (fd,), slots = got[1], got[0].what[0].slots
         inherited = os.get_inheritable(fd)
         self._ring = socket.socket(fileno=fd)
         memory = packet.map_ring(fd, slots, packet.SLOT)

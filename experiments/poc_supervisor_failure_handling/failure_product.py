@@ -217,6 +217,6 @@ def _bind(worker: ProductWorker, resources: Resources, ifindex: int) -> None:
     resources.workers = 1
     ingress = OpenIngress(ifindex, 256)
     worker.introduce()
-    worker.tell(Granted(ingress, used=False), resources.open(ingress).fds(0))
+    worker.tell(Granted((ingress,), used=False), resources.open(ingress).fds(0))
     worker.say(dataclasses.replace(rule(0), ifindex=ifindex, outputs=()), Commit(1, whole=True))
     worker.answer()

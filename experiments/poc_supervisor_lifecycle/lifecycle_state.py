@@ -64,7 +64,7 @@ class Master:
         self._fresh = True
         if self._whole:
             self._told = {}
-        worker.tell(Granted(_EGRESS, used=worker.restarts > 0), [self._socket.fileno()])
+        worker.tell(Granted((_EGRESS,), used=worker.restarts > 0), [self._socket.fileno()])
 
     def tell(self, worker: Trial, share: float = 1.0) -> None:
         """What it does not know, or a `share` of that; not in force yet."""

@@ -16,13 +16,14 @@ import socket
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Union
 
 VERSION: Final = 1
 MAX_MESSAGE: Final = 128 * 1024  # bytes; below the default net.core.wmem_max, so a send never fails for size
 MAX_FDS: Final = 64
+AT_ONCE: Final = 32  # resources in one message, with two descriptors each at most
 SO_SNDBUFFORCE: Final = 32  # asm-generic/socket.h
 
 
@@ -103,18 +104,18 @@ Resource = OpenIngress | JoinGroup | HoldUnicast | OpenEgress | SetGro | AttachX
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Control to supervisor: open it. Answered by Done or Failed with the same `id`."""
+    """Control to supervisor: open these, in this order; AT_ONCE at most. Answered by Outcome."""
 
     id: int
-    what: Resource
+    what: tuple[Resource, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Control to supervisor: close it. Releasing what is not held is fine."""
+    """Control to supervisor: close these, likewise. Releasing what is not held is fine."""
 
     id: int
-    what: Resource
+    what: tuple[Resource, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +232,24 @@ class Quit:
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why the resource at place `at` of a request could not be had: nothing was changed for it."""
+
+    at: int
+    errno: int
+    problem: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Supervisor to control: Grant or Release `id` is carried out, but for these."""
+
+    id: int
+    refused: tuple[Refusal, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """Supervisor to control: request `id` is carried out."""
 
@@ -270,7 +289,7 @@ class Failed:
 class Setup:
     """First message to a new control. Descriptors: the state directory, then the config file if `config`.
 
-    `engine`, `workers` override the file. `have` counts the Held messages that follow.
+    `engine`, `workers` override the file. `have` counts what the Held messages that follow tell of.
     """
 
     config: str | None
@@ -283,9 +302,9 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Supervisor to a new control: this is open already, from before it started."""
+    """Supervisor to a new control: these are open already, from before it started."""
 
-    what: Resource
+    what: tuple[Resource, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,20 +375,21 @@ class WorkerSetup:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """To a worker: its copy of `what` comes along: the two rings, short then long, or the egress socket.
+    """To a worker: its copies of `what` come along, in this order: of each an egress socket, or two rings, short
+    then long.
 
-    `used`: a worker that is gone had it before.
+    `used`: a worker that is gone had them before.
     """
 
-    what: Resource
+    what: tuple[Resource, ...]
     used: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Revoked:
-    """To a worker: close its copy of `what`."""
+    """To a worker: close its copies of `what`."""
 
-    what: Resource
+    what: tuple[Resource, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -474,13 +494,13 @@ class Synced:
 Message = (
     Status | LogLevel
     | Grant | Release | Listen | ListenTcp | StartWorkers | ProbeNeighbour | OpenTap | CloseTap | Quit | Ready
-    | Done | Listening | ListeningTcp | Tapped | Failed | Setup | Held
+    | Outcome | Done | Listening | ListeningTcp | Tapped | Failed | Setup | Held
     | WorkerUp | FastPath | XdpTargets | WorkerDown | Reload | WorkerSetup | Granted | Revoked | Stop | PutRule
     | DropRule | Commit | Committed | Sync | Synced
 )  # fmt: skip
 
 _CLASSES: Final[dict[str, type]] = {
-    c.__name__: c for c in (*typing.get_args(Message), *typing.get_args(Resource), RuleOutput, TapFilter)
+    c.__name__: c for c in (*typing.get_args(Message), *typing.get_args(Resource), Refusal, RuleOutput, TapFilter)
 }
 _SENDABLE: Final = frozenset(typing.get_args(Message))
 _NAMES: Final = {c: tuple(field.name for field in dataclasses.fields(c)) for c in _CLASSES.values()}
@@ -628,6 +648,12 @@ class Channel:
 
     def close(self) -> None:
         self.sock.close()
+
+
+def parts(what: typing.Sequence[Resource]) -> Iterator[tuple[Resource, ...]]:
+    """So many at a time as one message takes."""
+    for start in range(0, len(what), AT_ONCE):
+        yield tuple(what[start : start + AT_ONCE])
 
 
 def channel_pair() -> tuple[socket.socket, socket.socket]:

@@ -23,6 +23,7 @@ from unittest import mock
 
 from mrelay.kernel import landlock, seccomp
 from mrelay.messages import (
+    AT_ONCE,
     AttachXdp,
     Channel,
     CloseTap,
@@ -39,6 +40,7 @@ from mrelay.messages import (
     OpenEgress,
     OpenIngress,
     OpenTap,
+    Outcome,
     ProbeNeighbour,
     Ready,
     Release,
@@ -48,6 +50,7 @@ from mrelay.messages import (
     TapFilter,
     Tapped,
     encode,
+    parts,
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -102,7 +105,7 @@ def sending(*datagrams: bytes, fds: int = 0) -> Callable[[Taken], None]:
 def flood(taken: Taken) -> None:
     """Requests without end, and no answer read."""
     with socket.socket(fileno=os.dup(taken.supervisor)) as sock:
-        datagram = encode(Release(7, HoldUnicast("10.0.0.1", 1)))
+        datagram = encode(Release(7, (HoldUnicast("10.0.0.1", 1),)))
         say("sent")
         while True:  # until we are ended
             try:
@@ -121,7 +124,9 @@ def nonsense_to_control(taken: Taken) -> None:
 def requests(taken: Taken) -> None:
     """Each request that no rule can need; what the supervisor said to it."""
     with asking(taken) as channel:
-        say({name: ask(channel, request) for name, request in hostile(taken.link).items()})
+        each = {name: ask(channel, request) for name, request in hostile(taken.link).items()}
+        several = parts(list(whats(taken.link).values()))
+        say(each | {f"{len(part)} at once": ask(channel, Grant(1, part)) for part in several})
 
 
 def abuse_a_tap(taken: Taken) -> None:
@@ -179,7 +184,7 @@ def fuzz(taken: Taken) -> None:
     chance = random.Random(seed)
     with asking(taken) as channel:
         # As many as leave it time to beat its pulse, also on a busy machine.
-        answers = [ask(channel, anything(chance)) for _ in range(1500)]
+        answers = [ask(channel, anything(chance)) for _ in range(700)]
     say(
         {"seed": seed, "answers": len(answers), "refused": sum(answer.startswith("refused") for answer in answers)}
     )
@@ -206,13 +211,21 @@ def ask(channel: Channel, request: Any) -> str:
             os.close(fd)
         if isinstance(message, Failed):
             return f"refused: {message.problem}"
+        if isinstance(message, Outcome):
+            whole = len(message.refused) == len(request.what)
+            return f"refused: {message.refused[0].problem}" if whole else "granted"
         if isinstance(message, Done | Listening | ListeningTcp | Tapped):
             return "granted"
 
 
 def hostile(link: int) -> dict[str, Message]:
     """Requests that must be refused. `link` is an interface that is there and has rings."""
-    whats: dict[str, Resource] = {
+    return {name: Grant(number, (what,)) for number, (name, what) in enumerate(whats(link).items())} | OTHERS
+
+
+def whats(link: int) -> dict[str, Resource]:
+    """Resources that no rule can need."""
+    return {
         "ring nowhere": OpenIngress(0, 256),
         "ring on a negative interface": OpenIngress(-1, 256),
         "ring on a huge interface": OpenIngress(BIG, 256),
@@ -254,7 +267,6 @@ def hostile(link: int) -> dict[str, Message]:
         "xdp without rings": AttachXdp(1),
         "xdp on a huge interface": AttachXdp(BIG),
     }
-    return {name: Grant(number, what) for number, (name, what) in enumerate(whats.items())} | OTHERS
 
 
 _ALL: Final = ("224.0.0.0/4", "ff00::/8")
@@ -295,19 +307,26 @@ OTHERS: Final[dict[str, Message]] = {
 
 def anything(chance: random.Random) -> Grant | Listen | ListenTcp | StartWorkers | OpenTap:
     """A well-formed request of ill-formed parts. Nothing is released: the relay goes on."""
-    whats: list[Callable[[], Grant | Listen | ListenTcp | StartWorkers | OpenTap]] = [
-        lambda: Grant(1, OpenIngress(_number(chance), _number(chance), _number(chance))),
-        lambda: Grant(1, JoinGroup(_number(chance), _text(chance), chance.choice([None, _text(chance)]))),
-        lambda: Grant(1, HoldUnicast(_text(chance), _number(chance))),
-        lambda: Grant(1, _egress(chance)),
-        lambda: Grant(1, SetGro(_number(chance))),
-        lambda: Grant(1, AttachXdp(_number(chance))),
+    requests: list[Callable[[], Grant | Listen | ListenTcp | StartWorkers | OpenTap]] = [
+        *[lambda: Grant(1, tuple(_resource(chance) for _ in range(chance.randint(1, 3))))] * 6,
         lambda: OpenTap(_number(chance), _number(chance), _tap_filter(chance)),
         lambda: Listen(1, _number(chance), _text(chance)),
         lambda: ListenTcp(1, _text(chance), _number(chance)),
         lambda: StartWorkers(1, (_number(chance), _number(chance)), _number(chance)),
     ]
-    return chance.choice(whats)()
+    return chance.choice(requests)()
+
+
+def _resource(chance: random.Random) -> Resource:
+    kinds: list[Callable[[], Resource]] = [
+        lambda: OpenIngress(_number(chance), _number(chance), _number(chance)),
+        lambda: JoinGroup(_number(chance), _text(chance), chance.choice([None, _text(chance)])),
+        lambda: HoldUnicast(_text(chance), _number(chance)),
+        lambda: _egress(chance),
+        lambda: SetGro(_number(chance)),
+        lambda: AttachXdp(_number(chance)),
+    ]
+    return chance.choice(kinds)()
 
 
 def _egress(chance: random.Random) -> OpenEgress:
@@ -351,6 +370,7 @@ ATTACKS: Final[dict[str, Callable[[Taken], None]]] = {
     "oversized": sending(encode(Ready("x" * 150_000))),
     "deeply nested": sending(_DEEP),
     "a huge number": sending(b'{"v":1,"m":{"t":"Done","id":' + b"9" * 10000 + b"}}"),
+    "too much at once": sending(encode(Grant(1, (SetGro(0),) * (AT_ONCE + 1)))),
     "descriptors": sending(encode(Ready("")), fds=3),
     "many descriptors": sending(encode(Ready("")), fds=250),
     "descriptors alone": sending(b"", fds=64),

@@ -153,7 +153,7 @@ ENDS_ITS_SENDER = [
         "a message for others",
     ),
     *("truncated", "oversized", "deeply nested", "a huge number", "descriptors", "many descriptors"),
-    "descriptors alone",
+    *("too much at once", "descriptors alone"),
     *("a group as neighbour", "a neighbour without address", "a neighbour on a huge interface"),
 ]
 
@@ -227,8 +227,8 @@ def test_any_request_is_answered(star: Star, place: Path) -> None:
     with AttackedRelay(star, place, "control", "fuzz") as relay:
         found = relay.said()
         print(found)
-        assert found["answers"] == 1500
-        assert found["refused"] > 1000
+        assert found["answers"] == 700
+        assert found["refused"] > 450
         assert "Traceback" not in relay.stderr
         in_service(relay)
 

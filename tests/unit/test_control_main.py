@@ -23,7 +23,7 @@ from mrelay import logs
 from mrelay.control import page
 from mrelay.control.main import Control
 from mrelay.control.state import NAME, StateFile
-from mrelay.messages import Held, OpenIngress, Reload, Resource, Setup, Stop, WorkerDown
+from mrelay.messages import Held, OpenIngress, Reload, Resource, Setup, Stop, WorkerDown, parts
 from mrelay.model.ruleset import FlowKey
 from mrelay.worker.flows import key_words
 
@@ -83,8 +83,8 @@ class Scene:
             name = "relay.toml"
             fds.append(self.config_fd(self._config))
         self.fake.channel.send(Setup(name, "state", None, workers, len(self._held), restarted), fds)
-        for what in self._held:
-            self.fake.channel.send(Held(what))
+        for part in parts(self._held):
+            self.fake.channel.send(Held(part))
         return asyncio.create_task(Control(self.fake.theirs, lambda _: 0).serve())
 
     def config_fd(self, text: str) -> int:

@@ -57,7 +57,7 @@ class Scene(Roles):
         self.links.update([ETH0, ETH1])
         file = Mock(spec=StateFile)
         events = EventLog()
-        self.book = Rulebook(State(), file, self.workers.read_rule, self.workers.read_link, events)
+        self.book = Rulebook(State(), file, self.workers.read_rules, self.workers.read_links, events)
         self.hops = NextHops(Mock())
         self.reconciler = Reconciler(
             self.supervisor,

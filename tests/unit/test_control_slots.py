@@ -1,11 +1,13 @@
 """Counter slots: kept while a rule lives, used again as late as possible, counted from their base."""
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mrelay.control import slots as module
-from mrelay.control.slots import NoSlots, Slot, Slots
+from mrelay.control.slots import Counts, NoSlots, Slot, Slots
 from mrelay.model.rule import Rule
 
 
@@ -14,16 +16,16 @@ def rule(name: str, outputs: int = 1) -> Rule:
     return Rule.model_validate({"name": name, "from": "eth0:239.1.1.1:5000", "to": to})
 
 
-def zero_rule(_: int) -> tuple[int, ...]:
-    return (0, 0)
+def zero_rules(slots: Sequence[int]) -> list[Counts]:
+    return [(0, 0)] * len(slots)
 
 
-def zero_link(_: int) -> tuple[int, ...]:
-    return (0, 0, 0)
+def zero_links(slots: Sequence[int]) -> list[Counts]:
+    return [(0, 0, 0)] * len(slots)
 
 
 def updated(slots: Slots, *rules: Rule) -> Slots:
-    return slots.updated(rules, zero_rule, zero_link)
+    return slots.updated(rules, zero_rules, zero_links)
 
 
 def test_what_stays_keeps_its_slot() -> None:
@@ -42,7 +44,7 @@ def test_a_slot_is_used_again_last() -> None:
 def test_a_used_slot_counts_from_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_RULES", 2)
     slots = updated(updated(Slots(), rule("a"), rule("b")), rule("b"))
-    slots = slots.updated([rule("b"), rule("c")], lambda slot: (slot + 10, 20), zero_link)
+    slots = slots.updated([rule("b"), rule("c")], lambda slots: [(slot + 10, 20) for slot in slots], zero_links)
     assert slots.rules["c"] == Slot(0, (10, 20))
 
 

@@ -21,7 +21,7 @@ OTHER = Rule.model_validate({"name": "b", "from": "eth0:[ff3e::1]:5-9", "to": ["
 STATE = State(
     (RULE, OTHER),
     (OTHER,),
-    Slots().updated([RULE, OTHER], lambda _: (1, 2), lambda _: (3, 4, 5)),
+    Slots().updated([RULE, OTHER], lambda slots: [(1, 2)] * len(slots), lambda slots: [(3, 4, 5)] * len(slots)),
     RelaySettings(workers=[0, 2], gro=False),
 )
 

@@ -54,7 +54,7 @@ def plan(
 ) -> list[RulePlan]:
     table = LinkTable()
     table.update(links)
-    slots = Slots().updated(rules, lambda _: (0, 0), lambda _: (0, 0, 0))
+    slots = Slots().updated(rules, lambda slots: [(0, 0)] * len(slots), lambda slots: [(0, 0, 0)] * len(slots))
     return plan_rules(rules, slots, table, ids or EgressIds(), settings)
 
 

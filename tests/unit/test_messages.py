@@ -14,7 +14,9 @@ from mrelay.messages import (
     JoinGroup,
     LogLevel,
     OpenEgress,
+    Outcome,
     PutRule,
+    Refusal,
     RuleOutput,
     Setup,
     Status,
@@ -27,8 +29,8 @@ from mrelay.messages import (
 )
 
 EXAMPLES = [
-    Grant(1, JoinGroup(3, "239.1.1.1", None)),
-    Grant(2, OpenEgress(4, 3, 6, "ff3e::1", 5000, "keep", 0)),
+    Grant(1, (JoinGroup(3, "239.1.1.1", None), OpenEgress(4, 3, 6, "ff3e::1", 5000, "keep", 0))),
+    Outcome(1, (Refusal(1, 99, "no such address", "add it"),)),
     Setup(None, "/var/lib/mrelay", "auto", None, 0, False),
     PutRule(
         1, 2, 0, 6, 2**127, 2**128 - 1, 1, 2, 3, 4, 5, 6, (7,), (RuleOutput(0, 1, 2, None, None, 0, -1, True),)
@@ -71,7 +73,9 @@ def test_other_json_is_a_bad_message(value: object) -> None:
         {"t": "Sync", "id": 1, "more": 2},
         {"t": "RuleOutput", "link": 0},
         {"t": "JoinGroup", "ifindex": 3, "group": "239.1.1.1", "source": None},
-        {"t": "Grant", "id": 1, "what": {"t": "Stop"}},
+        {"t": "Grant", "id": 1, "what": {"t": "JoinGroup", "ifindex": 3, "group": "239.1.1.1", "source": None}},
+        {"t": "Grant", "id": 1, "what": [{"t": "Stop"}]},
+        {"t": "Grant", "id": 1, "what": [{"t": "Refusal", "at": 0, "errno": 0, "problem": "", "remedy": ""}]},
     ],
 )
 def test_near_misses_are_refused(plain: object) -> None:

@@ -6,6 +6,7 @@ the kernel find out. Nothing here blocks.
 """
 
 import asyncio
+import functools
 import ipaddress
 import logging
 import struct
@@ -61,8 +62,13 @@ def hop_of(egress: OpenEgress, link: Link | None) -> Hop | None:
     noarp, named = link.noarp or link.loopback, egress.address is None or egress.port is None
     if egress.address is None:
         return Hop(egress.ifindex, ANY_GROUP[egress.family], True, True)
-    multicast = ipaddress.ip_address(egress.address).is_multicast
+    multicast = _is_multicast(egress.address)
     return Hop(egress.ifindex, egress.address, noarp or multicast, named) if named or not multicast else None
+
+
+@functools.lru_cache(1 << 16)
+def _is_multicast(address: str) -> bool:
+    return ipaddress.ip_address(address).is_multicast
 
 
 class FastPath:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from mrelay import __version__, logs
-from mrelay.child import confine, settle
+from mrelay.child import collect_less, confine, settle
 from mrelay.control import preload  # noqa: F401  for its effect
 from mrelay.control.api import create_app
 from mrelay.control.events import ControlStarted, EventLog, WorkerDied, WorkerStarted
@@ -37,11 +37,22 @@ from mrelay.control.stats import Stats
 from mrelay.control.streams import Streams
 from mrelay.control.supervisor import Event, RequestFailed, Supervisor
 from mrelay.control.tcp import TcpListener
-from mrelay.control.want import UP, Settings
+from mrelay.control.want import Settings
 from mrelay.control.workers import Workers
 from mrelay.ebpf.carry import CHOSEN
 from mrelay.ebpf.maps import Maps, sizes_of
-from mrelay.messages import BadMessage, Held, OpenEgress, Reload, Setup, Stop, WorkerDown, WorkerUp, XdpTargets
+from mrelay.messages import (
+    BadMessage,
+    Held,
+    OpenEgress,
+    Reload,
+    Resource,
+    Setup,
+    Stop,
+    WorkerDown,
+    WorkerUp,
+    XdpTargets,
+)
 from mrelay.messages import FastPath as FastPathMessage
 from mrelay.model.config import Config, RelaySettings, load_config
 from mrelay.model.issue import ConfigError
@@ -67,7 +78,7 @@ class Control:
         loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[int] = loop.create_future()
         self._setup: asyncio.Future[tuple[Setup, list[int]]] = loop.create_future()
-        self._held: list[Held] = []
+        self._held: list[Resource] = []
         self._all_held = asyncio.Event()
         self._worker_up = asyncio.Event()
         self._setup_message: Setup | None = None
@@ -92,7 +103,7 @@ class Control:
             case Setup():
                 self._on_setup(event, fds)
             case Held():
-                self._held.append(event)
+                self._held += event.what
                 self._check_held()
             case WorkerUp():
                 self._on_worker(event)
@@ -190,12 +201,11 @@ class Control:
         setup, fds = await self._setup
         self.events.add(ControlStarted(version=__version__, took_over=setup.restarted))
         await self._all_held.wait()
-        held = [message.what for message in self._held]
         book = await self._load(setup, StateFile(fds[0]), fds[1:])
         relay = book.relay
         file = "command line" if setup.workers is not None else setup.config or ""
         cores = choose_cores(relay.workers, os.sched_getaffinity(0), file)
-        links = LinkTable(what for what in held if isinstance(what, OpenEgress))
+        links = LinkTable(what for what in self._held if isinstance(what, OpenEgress))
         hops = NextHops(self._on_hops, self.supervisor.probe)
         await self._start_workers(cores, relay, restarted=setup.restarted)
         fast = self._fast_path(links, hops, relay.engine)
@@ -210,7 +220,7 @@ class Control:
             hops,
             settings=settings,
             events=self.events,
-            held=held,
+            held=self._held,
             fast=fast,
         )
         await self._watch(links, self._reconciler, book)
@@ -259,7 +269,7 @@ class Control:
         # A restarted control goes on with the slots and settings that the relay runs with.
         relay = override(config.relay, setup.engine, setup.workers)
         kept = old if setup.restarted and saved else State(old.rules, old.file_rules, relay=relay)
-        book = Rulebook(kept, file, self.workers.read_rule, self.workers.read_link, self.events)
+        book = Rulebook(kept, file, self.workers.read_rules, self.workers.read_links, self.events)
         # Without a config file nothing was edited, so nothing changes.
         edited = kept.file_rules if setup.config is None else config.rules
         rules = merge(kept.rules, kept.file_rules, edited)
@@ -337,8 +347,8 @@ class Control:
         self._spawn(self._server.run_here())
 
     def _status(self) -> str:
-        states = [rule["state"] for rule in self._relay.rules()["rules"]] if self._relay else []
-        return f"{states.count(UP)} of {len(states)} rules up, {len(self.workers.live())} workers"
+        up, rules = self._reconciler.rules_up() if self._reconciler else (0, 0)
+        return f"{up} of {rules} rules up, {len(self.workers.live())} workers"
 
     def _tell_status(self) -> None:
         if self._said != self._status():
@@ -424,4 +434,5 @@ async def _beat(pulse: Pulse) -> None:
 def main() -> int:
     """Run until told to stop; the exit status."""
     channel, pulse = settle("control")
+    collect_less()
     return asyncio.run(_run(channel.sock, pulse))

@@ -136,11 +136,11 @@ class Reconciler:
             await self._release(what for what in self._have.copy() if getattr(what, "ifindex", 0) in replaced)
         plans = plan_rules(self._book.rules, self._book.slots, self._links, self._ids, self._settings, self._known)
         self._known = {plan.rule.name: plan for plan in plans}
-        wanted = {what for plan in plans for what in plan.needs()}
+        wanted: set[Resource] = set().union(*(plan.needs() for plan in plans))
         self.failed = {what: problem for what, problem in self.failed.items() if what in wanted}
         self.refused = {what: why for what, why in self.refused.items() if what in wanted}
         await self._release(self._in_the_way(wanted))
-        await self._grant({what for plan in plans for what in plan.opens()})
+        await self._grant(set().union(*(plan.opens() for plan in plans)))
         await self._release(what for what in self._have - wanted if isinstance(what, JoinGroup))
         own = own_sources(plans, self._links)
         running = [(plan, put) for plan in plans if (put := in_force(plan, self._have, own))]
@@ -178,16 +178,13 @@ class Reconciler:
 
     async def _grant(self, wanted: Iterable[Resource]) -> None:
         missing = [what for what in wanted if what not in self._have and what not in self.refused]
-        await asyncio.gather(*map(self._grant_one, sorted(missing, key=_rank)))
-
-    async def _grant_one(self, what: Resource) -> None:
-        try:
-            await self._supervisor.grant(what)
-        except RequestFailed as error:
+        failed = await self._supervisor.grant(sorted(missing, key=_rank))
+        for what, error in failed.items():
             self._grant_failed(what, error)
-        else:
-            self._have.add(what)
-            self.failed.pop(what, None)
+        for what in missing:
+            if what not in failed:
+                self._have.add(what)
+                self.failed.pop(what, None)
 
     def _grant_failed(self, what: Resource, error: RequestFailed) -> None:
         if isinstance(what, SetGro):
@@ -217,14 +214,15 @@ class Reconciler:
         return "" if what in self._have else self.refused.get(what)
 
     async def _release(self, surplus: Iterable[Resource]) -> None:
-        await asyncio.gather(*map(self._release_one, sorted(surplus, key=_rank)))
-
-    async def _release_one(self, what: Resource) -> None:
-        self._have.discard(what)
-        try:
-            await self._supervisor.release(what)
-        except RequestFailed as error:
+        going = sorted(surplus, key=_rank)
+        self._have.difference_update(going)
+        for what, error in (await self._supervisor.release(going)).items():
             log.error("cannot release %s: %s", what, error)
+
+    def rules_up(self) -> tuple[int, int]:
+        """How many rules are up, and how many there are."""
+        states = [state for subject, state in self._states.items() if subject.is_rule]
+        return states.count(UP), len(states)
 
     def _tell(self) -> None:
         """Log each state that is not what it was, once."""
@@ -245,6 +243,10 @@ class Subject(NamedTuple):
     rule: str
     output: str = ""
     warns: str = ""
+
+    @property
+    def is_rule(self) -> bool:
+        return not self.output and not self.warns
 
     def __str__(self) -> str:
         what = f": output {self.output}" if self.output else f": input {self.warns}" if self.warns else ""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mrelay.control.events import EventLog, RuleAdded, RuleChanged, RuleRemoved
-from mrelay.control.slots import NoSlots, ReadSlot, Slots
+from mrelay.control.slots import NoSlots, ReadSlots, Slots
 from mrelay.control.state import State, StateFile
 from mrelay.model.config import RelaySettings
 from mrelay.model.issue import ConfigError, Issue
@@ -55,10 +55,10 @@ class Rulebook:
     """The rules in force and their counter slots. `lock` is held by whoever changes them."""
 
     def __init__(
-        self, state: State, file: StateFile, read_rule: ReadSlot, read_link: ReadSlot, events: EventLog
+        self, state: State, file: StateFile, read_rules: ReadSlots, read_links: ReadSlots, events: EventLog
     ) -> None:
         self._state, self._file, self._events = state, file, events
-        self._read_rule, self._read_link = read_rule, read_link
+        self._read_rules, self._read_links = read_rules, read_links
         self.lock = asyncio.Lock()
 
     @property
@@ -91,7 +91,7 @@ class Rulebook:
         if issues := check_rules(rules, file):
             raise ConfigError(issues)
         try:
-            slots = self._state.slots.updated(rules, self._read_rule, self._read_link)
+            slots = self._state.slots.updated(rules, self._read_rules, self._read_links)
         except NoSlots as error:
             issue = Issue(file, "", "rule", str(error), "remove some rules or outputs")
             raise ConfigError([issue]) from error

@@ -5,7 +5,8 @@ one that was used is used again as late as possible; what it held then is its ba
 new Slots, so that one that can't be saved changes nothing.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
@@ -13,7 +14,7 @@ from mrelay.counters_size import MAX_LINKS, MAX_RULES
 from mrelay.model.rule import Rule
 
 Counts = tuple[int, ...]
-ReadSlot = Callable[[int], Counts]  # what a slot holds now, summed over the workers
+ReadSlots = Callable[[Sequence[int]], list[Counts]]  # what slots hold now, summed over the workers
 LinkKey = tuple[str, str]  # a rule's name, an output's text
 Key = TypeVar("Key")
 
@@ -39,12 +40,12 @@ class Slots:
     next_rule: int = 0
     next_link: int = 0
 
-    def updated(self, rules: Iterable[Rule], read_rule: ReadSlot, read_link: ReadSlot) -> Self:
+    def updated(self, rules: Iterable[Rule], read_rules: ReadSlots, read_links: ReadSlots) -> Self:
         """Slots for exactly these rules; what stays keeps its slot. Raises NoSlots."""
         names = [rule.name for rule in rules]
         keys = [(rule.name, str(output)) for rule in rules for output in rule.to]
-        rule_slots, next_rule = _assign(self.rules, names, self.next_rule, MAX_RULES, read_rule)
-        link_slots, next_link = _assign(self.links, keys, self.next_link, MAX_LINKS, read_link)
+        rule_slots, next_rule = _assign(self.rules, names, self.next_rule, MAX_RULES, read_rules)
+        link_slots, next_link = _assign(self.links, keys, self.next_link, MAX_LINKS, read_links)
         return type(self)(rule_slots, link_slots, next_rule, next_link)
 
     def to_table(self) -> dict[str, Any]:
@@ -88,20 +89,16 @@ def _text(value: object) -> str:
 
 
 def _assign(
-    old: Mapping[Key, Slot], keys: list[Key], start: int, limit: int, read: ReadSlot
+    old: Mapping[Key, Slot], keys: list[Key], start: int, limit: int, read: ReadSlots
 ) -> tuple[dict[Key, Slot], int]:
     """Slots for `keys`, and where to look for the next free one."""
     if len(keys) > limit:
         raise NoSlots(f"{len(keys)} rules or outputs are more than the {limit} that can be counted")
     used = {slot.index for slot in old.values()}
     free = (index % limit for index in range(start, start + limit) if index % limit not in used)
-    new: dict[Key, Slot] = {}
-    for key in keys:
-        slot = old.get(key)
-        if slot is None:
-            index = next(free, None)
-            if index is None:  # the rest are held by rules that go with this very change
-                raise NoSlots(f"no more than {limit} rules or outputs can be counted; remove some first")
-            slot, start = Slot(index, read(index)), index + 1
-        new[key] = slot
-    return new, start % limit
+    lacking = [key for key in keys if key not in old]
+    taken = list(itertools.islice(free, len(lacking)))
+    if len(taken) < len(lacking):  # the rest are held by rules that go with this very change
+        raise NoSlots(f"no more than {limit} rules or outputs can be counted; remove some first")
+    fresh = dict(zip(lacking, map(Slot, taken, read(taken)), strict=True))
+    return {key: old.get(key) or fresh[key] for key in keys}, (taken[-1] + 1 if taken else start) % limit

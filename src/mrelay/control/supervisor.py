@@ -7,7 +7,7 @@ Owns the channel that control was started with. Called by main (events) and by r
 import asyncio
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from socket import socket
 
 from mrelay.control.channel import AsyncChannel
@@ -26,6 +26,7 @@ from mrelay.messages import (
     LogLevel,
     Message,
     OpenTap,
+    Outcome,
     ProbeNeighbour,
     Quit,
     Ready,
@@ -41,12 +42,13 @@ from mrelay.messages import (
     WorkerDown,
     WorkerUp,
     XdpTargets,
+    parts,
 )
 
 EVENTS = (Setup, Held, WorkerUp, WorkerDown, FastPath, XdpTargets, Reload, Stop)
 Event = Setup | Held | WorkerUp | WorkerDown | FastPath | XdpTargets | Reload | Stop
 Request = Grant | Release | Listen | ListenTcp | StartWorkers | OpenTap
-Answer = tuple[Done | Listening | ListeningTcp | Tapped, list[int]]
+Answer = tuple[Outcome | Done | Listening | ListeningTcp | Tapped, list[int]]
 
 
 class RequestFailed(Exception):
@@ -72,13 +74,21 @@ class Supervisor:
         self._waiting: dict[int, asyncio.Future[Answer]] = {}
         self._channel = AsyncChannel(sock, self._receive, self._ended)
 
-    async def grant(self, what: Resource) -> None:
-        """Have it opened; raises RequestFailed."""
-        await self._request(Grant(next(self._ids), what))
+    async def grant(self, what: Sequence[Resource]) -> dict[Resource, RequestFailed]:
+        """Have them opened, in this order; those that could not be, and why."""
+        return await self._ask([Grant(next(self._ids), part) for part in parts(what)])
 
-    async def release(self, what: Resource) -> None:
-        """Have it closed; raises RequestFailed."""
-        await self._request(Release(next(self._ids), what))
+    async def release(self, what: Sequence[Resource]) -> dict[Resource, RequestFailed]:
+        """Have them closed, in this order; what could not be done of that, and why."""
+        return await self._ask([Release(next(self._ids), part) for part in parts(what)])
+
+    async def _ask(self, requests: Sequence[Grant | Release]) -> dict[Resource, RequestFailed]:
+        answers = await asyncio.gather(*map(self._request, requests))
+        return {
+            request.what[refusal.at]: RequestFailed(refusal.errno, refusal.problem, refusal.remedy)
+            for request, (outcome, _) in zip(requests, answers, strict=True)
+            for refusal in (outcome.refused if isinstance(outcome, Outcome) else ())
+        }
 
     async def listen(self, mode: int, group: str | None) -> tuple[Listening, int]:
         """The API's listening socket, made with this file mode and group: whose file it is, its descriptor."""
@@ -139,14 +149,14 @@ class Supervisor:
             del self._waiting[message.id]
 
     def _receive(self, message: Message, fds: list[int]) -> None:
-        if isinstance(message, Done | Listening | ListeningTcp | Tapped | Failed):
+        if isinstance(message, Outcome | Done | Listening | ListeningTcp | Tapped | Failed):
             self._answer(message, fds)
         elif isinstance(message, EVENTS):
             self._on_event(message, fds)
         else:
             raise BadMessage(f"the supervisor sent {type(message).__name__}")
 
-    def _answer(self, answer: Done | Listening | ListeningTcp | Tapped | Failed, fds: list[int]) -> None:
+    def _answer(self, answer: Outcome | Done | Listening | ListeningTcp | Tapped | Failed, fds: list[int]) -> None:
         future = self._waiting.get(answer.id)
         if future is None or future.done():  # whoever asked was cancelled
             for fd in fds:

@@ -4,7 +4,7 @@ Owns the step from an operator's rule to the objects that the supervisor opens a
 workers run. Pure: no I/O; the numbers of egress sockets come from an EgressIds. Called by reconcile.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address
@@ -121,7 +121,7 @@ class RulePlan:
     def needs(self) -> set[Resource]:
         """All that may be open for this rule."""
         found: set[Resource] = {output.egress for output in self.outputs if output.egress}
-        return found | self.beside | self.joins | ({self.ingress} if self.ingress else set())
+        return found.union(self.beside, self.joins, (self.ingress,) if self.ingress else ())
 
     def opens(self) -> set[Resource]:
         """What is to be opened before the workers get the rule."""
@@ -132,7 +132,7 @@ class RulePlan:
 
 
 def plan_rules(
-    rules: Iterable[Rule],
+    rules: Sequence[Rule],
     slots: Slots,
     links: LinkTable,
     ids: EgressIds,
@@ -140,45 +140,53 @@ def plan_rules(
     known: Mapping[str, RulePlan] = MappingProxyType({}),
 ) -> list[RulePlan]:
     """A plan for each rule. `known` are plans made since the links last changed, to be used again."""
-    plans = [
-        old
+    # An interface's rings have one place: before the fast path if a rule wants tags, which nobody sees behind it.
+    tagged = {rule.from_.interface for rule in rules if rule.from_.vlan}
+    return [
+        _placed(old, tagged, links, settings)
         if (old := known.get(rule.name)) and old.rule is rule
-        else _plan_rule(rule, slots, links, ids, settings)
+        else _plan_rule(rule, slots, links, ids, settings, tagged)
         for rule in rules
     ]
-    # An interface's rings have one place: before the fast path if a rule wants tags, which nobody sees behind it.
-    tagged = {plan.rule.from_.interface for plan in plans if plan.rule.from_.vlan}
-    return [_placed(plan, tagged, links, settings) for plan in plans]
 
 
 def _placed(plan: RulePlan, tagged: AbstractSet[str], links: LinkTable, settings: Settings) -> RulePlan:
-    """The plan with its ring behind the fast path, which takes one for each family, or before everything."""
-    origin, ingress = plan.rule.from_, plan.ingress
-    if ingress is None:
+    """The plan with its ring in the place that it has now."""
+    if plan.ingress is None:
         return plan
-    fast = settings.fast and origin.interface not in tagged and carries(links.by_name[origin.interface])
-    family = origin.address.version if fast else 0
-    beside = plan.beside - {AttachXdp(ingress.ifindex)}
-    if fast and settings.wants_xdp(origin.interface):
-        beside |= {AttachXdp(ingress.ifindex)}
-    if ingress.family == family and plan.beside == beside:
+    link = links.by_name[plan.rule.from_.interface]
+    family, xdp = _place(plan.rule.from_, link, tagged, settings)
+    beside = plan.beside - {AttachXdp(link.ifindex)} | xdp
+    if plan.ingress.family == family and plan.beside == beside:
         return plan
-    return replace(plan, ingress=replace(ingress, family=family), beside=beside)
+    return replace(plan, ingress=replace(plan.ingress, family=family), beside=beside)
 
 
-def _plan_rule(rule: Rule, slots: Slots, links: LinkTable, ids: EgressIds, settings: Settings) -> RulePlan:
+def _place(
+    origin: Input, link: Link, tagged: AbstractSet[str], settings: Settings
+) -> tuple[int, AbstractSet[Resource]]:
+    """Behind the fast path, which takes a ring for each family, or before all (0); and XDP, if any."""
+    if not settings.fast or link.name in tagged or not carries(link):
+        return 0, frozenset()
+    return origin.address.version, {AttachXdp(link.ifindex)} if settings.wants_xdp(link.name) else frozenset()
+
+
+def _plan_rule(
+    rule: Rule, slots: Slots, links: LinkTable, ids: EgressIds, settings: Settings, tagged: AbstractSet[str]
+) -> RulePlan:
     outputs = tuple(_plan_output(rule, output, slots, links, ids) for output in rule.to)
     link = links.by_name.get(rule.from_.interface)
     state = _link_state(rule.from_.interface, link)
     if link is None:
         return RulePlan(rule, state, outputs)
     joins, warning = _joins(rule.from_, link.ifindex)
+    family, xdp = _place(rule.from_, link, tagged, settings)
     return RulePlan(
         rule,
         state,
         outputs,
-        ingress=OpenIngress(link.ifindex, settings.ring_slots),
-        beside=_beside(rule.from_, link, settings),
+        ingress=OpenIngress(link.ifindex, settings.ring_slots, family),
+        beside=_beside(rule.from_, link, settings) | xdp,
         joins=joins,
         compiled=_compile(rule, slots.rules[rule.name].index, link.ifindex),
         warning=warning,
@@ -309,6 +317,8 @@ def rule_state(plan: RulePlan, trouble: Mapping[Resource, str]) -> str:
     """UP when all of the rule is; else the first thing that is amiss: input, memberships, outputs."""
     if plan.state != UP:
         return plan.state
+    if not trouble:
+        return next((output.state for output in plan.outputs if output.state != UP), UP)
     outputs = {output.egress for output in plan.outputs}
     problems = [trouble[what] for what in sorted(plan.needs() & trouble.keys() - outputs, key=str)]
     states = [output_state(output, trouble) for output in plan.outputs]

@@ -10,11 +10,13 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from socket import socket
 from typing import NamedTuple
+
+import numpy as np
 
 from mrelay.control.channel import AsyncChannel
 from mrelay.control.slots import Counts
@@ -152,17 +154,19 @@ class Workers:
                 worker.channel.send(Sync(number))
         await _late(answers, Synced, number, SYNC_DEADLINE)
 
-    def read_rule(self, slot: int) -> Counts:
-        """What a rule's slot holds, over all workers: packets, bytes."""
-        return self._read("rules", slot, 2)
+    def read_rules(self, slots: Sequence[int]) -> list[Counts]:
+        """What rules' slots hold, over all workers: packets, bytes."""
+        return self._read("rules", slots, 2)
 
-    def read_link(self, slot: int) -> Counts:
-        """What a (rule, output)'s slot holds, over all workers: packets, bytes, errors."""
-        return self._read("links", slot, 3)
+    def read_links(self, slots: Sequence[int]) -> list[Counts]:
+        """What the slots of outputs of rules hold, over all workers: packets, bytes, errors."""
+        return self._read("links", slots, 3)
 
-    def _read(self, table: str, slot: int, width: int) -> Counts:
-        columns = [getattr(worker.counters, table)[:, slot].tolist() for worker in self.by_number.values()]
-        return tuple(map(sum, zip(*columns, strict=True))) if columns else (0,) * width
+    def _read(self, table: str, slots: Sequence[int], width: int) -> list[Counts]:
+        total = np.zeros((width, len(slots)), np.uint64)
+        for worker in self.by_number.values():
+            total += getattr(worker.counters, table)[:, slots]
+        return list(map(tuple, total.T.tolist()))
 
     def _receive(self, worker: Worker, message: Message, _: list[int]) -> None:
         if isinstance(message, Committed) and message.egress in EGRESS:

@@ -65,8 +65,14 @@ class MembershipPool:
         self.ifindex = ifindex
         self._opened, self._closing = opened, closing
         self._helpers: list[_Helper] = []
+        self._roomy: list[_Helper] = []  # those that the kernel has not refused one more group, as far as we know
+        self._adopted: list[_Helper] = []  # they may have joined more than we know of, and take no new groups
         self._held: dict[tuple[Address, Address | None], _Helper] = {}
         self._of_group: dict[Address, list[_Helper]] = {}  # every helper that holds something of the group
+
+    def __len__(self) -> int:
+        """How many sockets it has."""
+        return len(self._helpers)
 
     @property
     def sockets(self) -> list[socket.socket]:
@@ -93,9 +99,9 @@ class MembershipPool:
         Any-source and source-specific membership of one group never share a socket: the kernel refuses.
         """
         holders = self._of_group.get(group, [])
-        sharing = [h for h in holders if source is not None and not h.old and None not in h.groups[group]]
-        roomy = [h for h in self._helpers if not h.full and h.version == group.version and not h.old]
-        return sharing + [helper for helper in roomy if helper not in holders]
+        sharing = [h for h in holders if source is not None and None not in h.groups[group]]
+        roomy = [h for h in self._roomy if h.version == group.version and h not in holders]
+        return [helper for helper in sharing if helper not in self._adopted] + roomy
 
     def leave(self, group: str | Address, source: str | Address | None = None) -> None:
         """Undo that join. Leaving what was not joined, or an interface that is gone, does nothing."""
@@ -105,8 +111,16 @@ class MembershipPool:
             return
         helper.leave(self.ifindex, *key)
         self._forget(helper, key[0])
-        if not helper.groups and not helper.old:
+        if helper in self._adopted:
+            return
+        if not helper.groups:
             self._drop(helper)
+        elif key[0] not in helper.groups:
+            self._has_room(helper)
+
+    def _has_room(self, helper: "_Helper") -> None:
+        if helper not in self._roomy:
+            self._roomy.append(helper)
 
     def _hold(self, helper: "_Helper", group: Address, source: Address | None) -> None:
         self._held[group, source] = helper
@@ -124,30 +138,35 @@ class MembershipPool:
     def adopt(self, sock: socket.socket) -> None:
         """Take a pool's socket from an earlier life, and with it what it has joined: `join` finds that there."""
         version = 4 if sock.family == socket.AF_INET else 6
-        self._helpers.append(_Helper(version, sock))
+        helper = _Helper(version, sock)
+        self._helpers.append(helper)
+        self._adopted.append(helper)
 
     def leave_unclaimed(self) -> None:
         """Leave what adopted sockets have joined and nobody asked for since."""
-        for helper in [helper for helper in self._helpers if helper.old]:
+        adopted, self._adopted = self._adopted, []
+        for helper in adopted:
             for group in _groups_on(self.ifindex, helper.version):
                 for source in helper.joined(self.ifindex, group) - helper.groups.get(group, set()):
                     helper.groups.setdefault(group, set()).add(source)
                     helper.leave(self.ifindex, group, source)
-            helper.old = False
-            if not helper.groups:
+            if helper.groups:
+                self._has_room(helper)
+            else:
                 self._drop(helper)
 
     def close(self) -> None:
         """Close every socket: that leaves everything, unless a service manager keeps copies."""
         for helper in self._helpers:
             helper.sock.close()
-        self._helpers.clear()
+        for helpers in (self._helpers, self._roomy, self._adopted):
+            helpers.clear()
         self._held.clear()
         self._of_group.clear()
 
     def _take_over(self, group: Address, source: Address | None) -> bool:
         """Whether an adopted socket holds this already, and the interface agrees."""
-        for helper in [helper for helper in self._helpers if helper.old]:
+        for helper in self._adopted:
             held = helper.version == group.version and source in helper.joined(self.ifindex, group)
             if held and group in _groups_on(self.ifindex, group.version):
                 helper.groups.setdefault(group, set()).add(source)
@@ -157,6 +176,8 @@ class MembershipPool:
 
     def _drop(self, helper: "_Helper") -> None:
         self._helpers.remove(helper)
+        if helper in self._roomy:
+            self._roomy.remove(helper)
         self._closing(helper.sock)
         helper.sock.close()
 
@@ -167,7 +188,8 @@ class MembershipPool:
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            helper.full |= group not in helper.groups
+            if group not in helper.groups and helper in self._roomy:
+                self._roomy.remove(helper)
             return False
         self._hold(helper, group, source)
         return True
@@ -181,21 +203,17 @@ class MembershipPool:
             helper.sock.close()
             raise
         self._helpers.append(helper)
+        self._roomy.append(helper)
         self._opened(helper.sock)
 
 
 class _Helper:
-    """One socket and what it joined: for each group its sources, or None in their place for any source.
-
-    `old`: it was adopted, and may have joined more than we know of. It takes no new groups then.
-    """
+    """One socket and what it joined: for each group its sources, or None in their place for any source."""
 
     def __init__(self, version: int, sock: socket.socket | None = None) -> None:
         self.version = version
-        self.old = sock is not None
         self.sock = sock or _mute_socket(version)
         self.groups: dict[Address, set[Address | None]] = {}
-        self.full = False  # the kernel refused one more group; until one is left
 
     def joined(self, ifindex: int, group: Address) -> set[Address | None]:
         """What the kernel says this socket has joined of `group`: sources, or None for any source."""
@@ -230,7 +248,6 @@ class _Helper:
         self.groups[group].discard(source)
         if not self.groups[group]:
             del self.groups[group]
-            self.full = False
 
 
 class UnicastPool:
@@ -324,4 +341,8 @@ def _level(group: Address) -> int:
 
 
 def _key(group: str | Address, source: str | Address | None) -> tuple[Address, Address | None]:
-    return ip_address(group), None if source is None else ip_address(source)
+    return _address(group), None if source is None else _address(source)
+
+
+def _address(text: str | Address) -> Address:
+    return ip_address(text) if isinstance(text, str) else text

@@ -30,14 +30,24 @@ INTERFACE = re.compile(r"(?![.]{1,2}$)[!-~]{1,15}")
 SEPARATORS = re.compile(r"[]/:@,*[]")
 
 
-def link_local(network: Network) -> bool:
-    """Whether any group in network is one that routers never forward."""
-    return any(overlap(network, local) for local in LINK_LOCAL)
+def link_local(groups: Network | Address) -> bool:
+    """Whether any of the groups is one that routers never forward."""
+    return any(overlap(groups, local) for local in LINK_LOCAL)
 
 
-def overlap(one: Network, other: Network) -> bool:
+def overlap(one: Network | Address, other: Network | Address) -> bool:
     """Whether any address is in both; of different families, none is."""
-    return one.version == other.version and one.overlaps(other)
+    if one.version != other.version:
+        return False
+    (start, bits), (other_start, other_bits) = _start(one), _start(other)
+    return (start ^ other_start) >> (one.max_prefixlen - min(bits, other_bits)) == 0
+
+
+def _start(what: Network | Address) -> tuple[int, int]:
+    """The first address, and how many of its bits all have in common."""
+    if isinstance(what, IPv4Address | IPv6Address):
+        return int(what), what.max_prefixlen
+    return int(what.network_address), what.prefixlen
 
 
 def whole(low: int, high: int, example: str) -> Callable[[object], int]:
@@ -336,11 +346,8 @@ class Output(Endpoint):
 
     def __str__(self) -> str:
         address = text_of(self.address) if self.address else "*"
+        ttl = "" if self.ttl is None else f",ttl={self.ttl}"
         source = self.source if isinstance(self.source, str) else text_of(self.source)
-        options = {
-            "ttl": self.ttl,
-            "source": None if source == "egress" else source,
-            "dscp": self.dscp,
-        }
-        said = "".join(f",{key}={value}" for key, value in options.items() if value is not None)
-        return f"{self.interface}:{address}:{self.port or '*'}{said}"
+        source = "" if source == "egress" else f",source={source}"
+        dscp = "" if self.dscp is None else f",dscp={self.dscp}"
+        return f"{self.interface}:{address}:{self.port or '*'}{ttl}{source}{dscp}"

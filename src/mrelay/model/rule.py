@@ -8,12 +8,11 @@ import graphlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from ipaddress import ip_network
 from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationInfo
 
-from mrelay.model.endpoint import Input, Network, Output, link_local, overlap, text_of
+from mrelay.model.endpoint import Address, Input, Network, Output, link_local, overlap, text_of
 from mrelay.model.health import Health, read_health
 from mrelay.model.issue import Issue, Table, fault, show
 from mrelay.model.rate import Rate, read_rate
@@ -33,15 +32,15 @@ def feeds(output: Output, origin: Input, target: Input) -> bool:
     )
 
 
-def _sent_to(output: Output, origin: Input) -> Network:
-    return ip_network(output.address) if output.address else origin.address
+def _sent_to(output: Output, origin: Input) -> Network | Address:
+    return output.address or origin.address
 
 
 def _source_fits(output: Output, origin: Input, target: Input) -> bool:
     """The egress interface's address isn't known here, so egress may be any."""
-    sent_from = origin.source if output.source == "keep" else None
+    sent_from: Network | Address | None = origin.source if output.source == "keep" else None
     if not isinstance(output.source, str):
-        sent_from = ip_network(output.source)
+        sent_from = output.source
     return sent_from is None or target.source is None or overlap(sent_from, target.source)
 
 
@@ -66,7 +65,7 @@ def _input_allowed(value: Input, info: ValidationInfo) -> Input:
 
 def _output_allowed(value: Output, info: ValidationInfo) -> Output:
     origin: Input | None = info.data.get("from_")
-    if value.address and link_local(ip_network(value.address)) and not info.data.get("link_local", True):
+    if value.address and link_local(value.address) and not info.data.get("link_local", True):
         raise fault(
             f"{value.address} is a group that never leaves its link",
             "set link_local = true if that is meant, or write another group",

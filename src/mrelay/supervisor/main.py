@@ -16,14 +16,17 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from mrelay import logs
+from mrelay.child import collect_less
 from mrelay.ebpf.pins import pin_folder
 from mrelay.kernel import caps, notify
 from mrelay.kernel.netdev import Watch
 from mrelay.messages import (
+    AT_ONCE,
     AttachXdp,
     BadMessage,
     CloseTap,
@@ -39,9 +42,11 @@ from mrelay.messages import (
     LogLevel,
     Message,
     OpenTap,
+    Outcome,
     ProbeNeighbour,
     Quit,
     Ready,
+    Refusal,
     Release,
     Reload,
     Resource,
@@ -56,6 +61,7 @@ from mrelay.messages import (
     WorkerUp,
     XdpTargets,
     channel_pair,
+    parts,
 )
 from mrelay.supervisor.backoff import CAP
 from mrelay.supervisor.children import OUTDATED, Child, ControlChild, Process, WorkerChild, end_all
@@ -81,7 +87,7 @@ _STOP_SECONDS: Final = 5.0
 _SPARE_AFTER: Final = 0.5  # seconds after a start, which needs the processor more
 _MAX_FLOWS: Final = 1 << 20
 _Asked = Grant | Release | Listen | ListenTcp | StartWorkers | OpenTap
-_Answer = Done | Listening | ListeningTcp | Tapped
+_Answer = Outcome | Done | Listening | ListeningTcp | Tapped
 
 
 class Supervisor:
@@ -163,8 +169,8 @@ class Supervisor:
         self._control.tell(Setup(config, state_dir, engine, workers, len(held), restarted), fds)
         for fd in opened:
             os.close(fd)
-        for what in held:
-            self._control.tell(Held(what))
+        for part in parts(held):
+            self._control.tell(Held(part))
         self._targets = None
         self._tell_targets()
         for worker in self._workers:
@@ -192,9 +198,8 @@ class Supervisor:
             if equip and self._resources.fast.maps:
                 worker.tell(self._resources.fast.message(), self._resources.fast.fds())
             worker.tell(LogLevel("worker", logs.levels()["worker"]))  # a spare was started under an older one
-            for what, opened in self._resources.held.items() if equip else ():
-                if opened.sockets:
-                    worker.tell(Granted(what, used=worker.restarts > 0), opened.fds(worker.number))
+            if equip:
+                self._give(worker, list(self._resources.held), used=worker.restarts > 0)
             up = WorkerUp(worker.number, worker.core, worker.pid, worker.restarts, worker.flow_limit)
             self._control.tell(up, [theirs.fileno(), worker.counters, *worker.statm])
 
@@ -255,10 +260,8 @@ class Supervisor:
     def _carry_out(self, asked: _Asked) -> _Answer:
         """One request that is answered; the answer."""
         match asked:
-            case Grant():
-                self._grant(asked.what)
-            case Release():
-                self._release(asked.what)
+            case Grant() | Release():
+                return self._serve_resources(asked)
             case StartWorkers():
                 self._start_workers(asked.cores, asked.flow_limit, fast=asked.fast)
             case Listen() | ListenTcp():
@@ -270,11 +273,8 @@ class Supervisor:
     def _answer(self, asked: _Asked) -> None:
         try:
             answer = self._carry_out(asked)
-        except Refused as error:
-            self._control.tell(Failed(asked.id, errno.EPERM, str(error), error.remedy))
-        except OSError as error:
-            remedy = str(getattr(error, "remedy", ""))
-            self._control.tell(Failed(asked.id, error.errno or 0, error.strerror or str(error), remedy))
+        except (Refused, OSError) as error:
+            self._control.tell(Failed(asked.id, *_why(error)))
         else:
             self._control.tell(answer, self._fds(answer))
 
@@ -285,14 +285,35 @@ class Supervisor:
         sock = {Listening: self._listener, ListeningTcp: self._tcp.sock}.get(type(answer))
         return [sock.fileno()] if sock else []
 
-    def _grant(self, what: Resource) -> None:
-        new = what not in self._resources.held
-        opened = self._resources.open(what)
-        if new and opened.sockets:
-            for worker in self._workers:
-                worker.tell(Granted(what, used=False), opened.fds(worker.number))
-        if isinstance(what, AttachXdp):
+    def _serve_resources(self, asked: Grant | Release) -> Outcome:
+        if len(asked.what) > AT_ONCE:
+            raise BadMessage(f"{len(asked.what)} resources in one request")
+        work = self._grant if isinstance(asked, Grant) else self._release
+        return Outcome(asked.id, tuple(work(asked.what)))
+
+    def _grant(self, asked: Sequence[Resource]) -> list[Refusal]:
+        """Open each that can be, and pass the new ones on; the others."""
+        refused: list[Refusal] = []
+        new: list[Resource] = []
+        for at, what in enumerate(asked):
+            held = what in self._resources.held
+            try:
+                self._resources.open(what)
+            except (Refused, OSError) as error:
+                refused.append(Refusal(at, *_why(error)))
+            else:
+                new += [] if held else [what]
+        for worker in self._workers:
+            self._give(worker, new, used=False)
+        if any(isinstance(what, AttachXdp) for what in asked):
             self._tell_targets()
+        return refused
+
+    def _give(self, worker: WorkerChild, what: Sequence[Resource], *, used: bool) -> None:
+        """Its copies of those that it needs some of."""
+        held = self._resources.held
+        for part in parts([each for each in what if held[each].sockets]):
+            worker.tell(Granted(part, used), [fd for each in part for fd in held[each].fds(worker.number)])
 
     def _tell_targets(self) -> None:
         """Which interfaces take frames from XDP, if it is anywhere and control does not know."""
@@ -311,12 +332,19 @@ class Supervisor:
             self._targets = targets
             self._control.tell(XdpTargets(tuple(sorted(targets))))
 
-    def _release(self, what: Resource) -> None:
-        opened = self._resources.held.get(what)
-        if opened is not None and opened.sockets:
+    def _release(self, asked: Sequence[Resource]) -> list[Refusal]:
+        """Close each, first the workers' copies; what could not be closed in good order."""
+        held = self._resources.held
+        if copied := tuple(what for what in asked if what in held and held[what].sockets):
             for worker in self._workers:
-                worker.tell(Revoked(what))
-        self._resources.close(what)
+                worker.tell(Revoked(copied))
+        refused: list[Refusal] = []
+        for at, what in enumerate(asked):
+            try:
+                self._resources.close(what)
+            except OSError as error:
+                refused.append(Refusal(at, *_why(error)))
+        return refused
 
     def _serve(self, message: Listen | ListenTcp) -> Listening | ListeningTcp:
         if isinstance(message, Listen):
@@ -470,6 +498,13 @@ class Supervisor:
         return 0
 
 
+def _why(error: Refused | OSError) -> tuple[int, str, str]:
+    """Number, problem and remedy, for control."""
+    if isinstance(error, Refused):
+        return errno.EPERM, str(error), error.remedy
+    return error.errno or 0, error.strerror or str(error), str(getattr(error, "remedy", ""))
+
+
 def _probe(ifindex: int, address: str) -> None:
     """Nobody waits for an answer that could refuse it."""
     try:
@@ -525,6 +560,7 @@ def main() -> int:
         log.error("cannot start: %s", error)
         return EX_NOPERM
     _raise_descriptor_limit()
+    collect_less()
     os.chdir("/")
     try:
         clear_path(options["socket"])  # before a second relay sends anything twice

@@ -91,7 +91,7 @@ class Resources:
         _require(self._count[type(what)] < most, f"{most} {type(what).__name__}: no rules need more")
         # Every worker has its own rings and egress sockets; several joins share a socket, if the kernel lets them.
         each = {HoldUnicast: 1, OpenIngress: 2 * self.workers, OpenEgress: self.workers}
-        used = sum(len(pool.sockets) for pool in self._joins.values())
+        used = sum(len(pool) for pool in self._joins.values())
         used += sum(self._count[kind] * sockets for kind, sockets in each.items())
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if used + each.get(type(what), 1) > limit - _SPARE:
@@ -138,7 +138,7 @@ class Resources:
         _require(group.is_multicast, f"{group} is not a multicast group")
         source = None if what.source is None else _address(what.source)
         _require(source is None or source.version == group.version, "source and group of different families")
-        pool = self._pool(_interface(what.ifindex))
+        pool = self._pool(_number(what.ifindex))  # the kernel refuses one that is not there
         pool.join(group, source)
         return Opened([], lambda: pool.leave(group, source))
 
@@ -296,7 +296,7 @@ def _has_rows(path: Path) -> bool:
 
 
 def _check_egress(what: OpenEgress) -> None:
-    _interface(what.ifindex)
+    _number(what.ifindex)  # the kernel refuses one that is not there
     _require(what.family in (4, 6), f"family {what.family}")
     _require(0 <= what.output <= _MAX_INT and 0 <= what.epoch <= _MAX_INT, "a number out of range")
     if what.address is not None:
@@ -320,8 +320,13 @@ def _require(fine: bool, problem: str) -> None:
         raise Refused(problem)
 
 
-def _interface(ifindex: int) -> int:
+def _number(ifindex: int) -> int:
     _require(0 < ifindex <= _MAX_INT, f"interface {ifindex}")
+    return ifindex
+
+
+def _interface(ifindex: int) -> int:
+    _number(ifindex)
     socket.if_indextoname(ifindex)  # OSError ENXIO when there is none
     return ifindex
 

@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import sys
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
@@ -110,14 +111,10 @@ class Worker:
 
     def _from_supervisor(self, message: Message, fds: list[int]) -> None:
         match message:
-            case Granted(OpenIngress() as what, used):
-                self._add_ingress(Ingress([socket.socket(fileno=fd) for fd in fds], what, used=used))
-            case Granted(OpenEgress(output)):
-                self.egress.grant(output, socket.socket(fileno=fds[0]))
-            case Revoked(OpenIngress() as what):
-                self._remove_ingress(what)
-            case Revoked(OpenEgress(output)):
-                self.egress.revoke(output)
+            case Granted():
+                self._granted(message, iter(fds))
+            case Revoked():
+                self._revoked(message)
             case WorkerSetup():
                 os.close(fds[1])
                 self._take_control(fds[0])
@@ -132,6 +129,24 @@ class Worker:
                 sys.exit(0)
             case _:
                 raise BadMessage(f"{type(message).__name__} is not for a worker")
+
+    def _granted(self, message: Granted, fds: Iterator[int]) -> None:
+        for what in message.what:
+            match what:
+                case OpenIngress():
+                    rings = [socket.socket(fileno=next(fds)), socket.socket(fileno=next(fds))]
+                    self._add_ingress(Ingress(rings, what, used=message.used))
+                case OpenEgress(output):
+                    self.egress.grant(output, socket.socket(fileno=next(fds)))
+                case _:
+                    raise BadMessage(f"{type(what).__name__} is nothing for a worker")
+
+    def _revoked(self, message: Revoked) -> None:
+        for what in message.what:
+            if isinstance(what, OpenIngress):
+                self._remove_ingress(what)
+            elif isinstance(what, OpenEgress):
+                self.egress.revoke(what.output)
 
     def _from_control(self, message: Message) -> None:
         match message:
