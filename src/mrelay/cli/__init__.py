@@ -59,9 +59,12 @@ COMMANDS: Final = (
         "doctor",
         "mrelay.cli.doctor:doctor",
         RUN,
-        "Check this host: kernel, io_uring, the fast path, capabilities, sysctls, offloads.\n\n"
-        "Each finding says what follows from it and the command that changes it. Exit 1 if anything is bad.",
-        ("mrelay doctor", "sudo mrelay doctor --json"),
+        "Check this host: kernel, io_uring, clock, the fast path and XDP, capabilities, sysctls, offloads, "
+        "interrupts, limits of containers and units.\n\n"
+        "Each finding says what follows from it and the command that changes it. Changes nothing, unless told "
+        "to: --fix runs the commands that it shows, as root, one by one, says what each did, and looks again. "
+        "Exit 1 if anything is bad, or a command failed.",
+        ("mrelay doctor", "sudo mrelay doctor --json", "sudo mrelay doctor --fix"),
     ),
     Command(
         "flows",

@@ -4,10 +4,12 @@
 nothing blocks.
 """
 
+import contextlib
 import ctypes
 import errno
 import os
 import pwd
+import shutil
 import socket
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -24,6 +26,9 @@ _IO_URING_PARAMS: Final = 120  # bytes of struct io_uring_params, linux/io_uring
 PROC: Final = Path("/proc")
 SYS_NET: Final = Path("/sys/class/net")
 BTF: Final = Path("/sys/kernel/btf/vmlinux")
+CLOCK_SOURCE: Final = Path("/sys/devices/system/clocksource/clocksource0")
+CGROUPS: Final = Path("/sys/fs/cgroup")
+TIME_ERROR: Final = 5  # linux/timex.h: the clock is not synchronised
 
 
 def sysctl(name: str) -> int | None:
@@ -142,3 +147,106 @@ def may_hold(capability: int) -> bool:
 def holds(capability: int) -> bool:
     """Whether the capability is in this process's effective set."""
     return bool(capability_set("CapEff") >> capability & 1)
+
+
+def has_program(name: str) -> bool:
+    """Whether this host has a command of this name."""
+    return shutil.which(name) is not None
+
+
+def clock_synchronised() -> bool:
+    """Whether somebody keeps the system clock right: adjtimex(2) does not say STA_UNSYNC."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    status = (ctypes.c_uint32 * 128)()  # struct timex (linux/timex.h) has 208 bytes; modes 0: only ask
+    return int(libc.adjtimex(ctypes.byref(status))) != TIME_ERROR
+
+
+def clock_sources() -> tuple[str, list[str]]:
+    """What the kernel reads the time from, and what it could; empty where that is not shown."""
+    try:
+        current = (CLOCK_SOURCE / "current_clocksource").read_text().strip()
+        return current, (CLOCK_SOURCE / "available_clocksource").read_text().split()
+    except OSError:
+        return "", []
+
+
+def interface_index(name: str) -> int:
+    """An interface's number; 0 when there is no such interface."""
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        return 0
+
+
+def cores() -> frozenset[int]:
+    """Those that processes may run on here."""
+    return frozenset(os.sched_getaffinity(0))
+
+
+def interrupts(name: str) -> dict[int, frozenset[int]]:
+    """The cores of each of an interface's interrupts; empty for one without hardware."""
+    numbers: list[int] = []
+    for folder in ("device/msi_irqs", "device/../msi_irqs"):  # of the device, or, for virtio, of the bus's
+        with contextlib.suppress(OSError):
+            numbers += [int(path.name) for path in (SYS_NET / name / folder).iterdir()]
+    found = {number: _irq_cores(number) for number in sorted(numbers)}
+    return {number: on for number, on in found.items() if on}
+
+
+def _irq_cores(number: int) -> frozenset[int]:
+    for file in ("effective_affinity_list", "smp_affinity_list"):
+        try:
+            return cores_of((PROC / "irq" / str(number) / file).read_text())
+        except (OSError, ValueError):
+            continue
+    return frozenset()
+
+
+def cores_of(text: str) -> frozenset[int]:
+    """A list of cores as the kernel writes it: 0,2-3."""
+    found: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
+        low, _, high = part.partition("-")
+        found |= set(range(int(low), int(high or low) + 1))
+    return frozenset(found)
+
+
+def receive_queues(name: str) -> dict[str, frozenset[int]]:
+    """The cores that RPS steers the frames of each receive queue to; none: where they come in."""
+    try:
+        queues = sorted(path for path in (SYS_NET / name / "queues").iterdir() if path.name.startswith("rx-"))
+        masks = {path.name: int((path / "rps_cpus").read_text().replace(",", ""), 16) for path in queues}
+    except (OSError, ValueError):
+        return {}
+    return {
+        queue: frozenset(n for n in range(mask.bit_length()) if mask >> n & 1) for queue, mask in masks.items()
+    }
+
+
+def cgroup_bound(file: str) -> float | None:
+    """The least that this process's control group, or one above it, says in a file such as memory.max (version 2).
+
+    cpu.max in cores. None when nothing is bounded, or not shown here.
+    """
+    try:
+        lines = (PROC / "self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    path = next((line[3:] for line in lines if line.startswith("0::")), "/")
+    folder = CGROUPS / path.lstrip("/")
+    found = [_cgroup_value(each / file) for each in (folder, *folder.parents) if each.is_relative_to(CGROUPS)]
+    return min((value for value in found if value is not None), default=None)
+
+
+def _cgroup_value(path: Path) -> float | None:
+    try:
+        first, *period = path.read_text().split()
+        return None if first == "max" else int(first) / int(period[0] if period else 1)
+    except (OSError, ValueError):
+        return None
+
+
+def seccomp_mode() -> int:
+    """Of this process: 0 for none, 2 for a filter."""
+    lines = (PROC / "self/status").read_text().splitlines()
+    return next((int(line.split()[1]) for line in lines if line.startswith("Seccomp:")), 0)

@@ -32,6 +32,7 @@ FAMILY = "netdev"  # linux/netdev.h, NETDEV_FAMILY_NAME
 NETDEV_CMD_DEV_GET: Final = 1
 NETDEV_A_DEV_IFINDEX: Final = 1
 NETDEV_A_DEV_XDP_FEATURES: Final = 3
+NETDEV_XDP_ACT_BASIC: Final = 1
 NETDEV_XDP_ACT_NDO_XMIT: Final = 4
 NETDEV_MCGRP_MGMT: Final = b"mgmt\0"
 
@@ -49,9 +50,7 @@ class Watch:
     def __init__(self) -> None:
         """OSError: ENOENT before Linux 6.3."""
         with _connect() as ask:
-            attributes = next(
-                _request(ask, GENL_ID_CTRL, CTRL_CMD_GETFAMILY, _text(CTRL_ATTR_FAMILY_NAME, FAMILY))
-            )
+            attributes = _family(ask)
         self._family = _number(attributes[CTRL_ATTR_FAMILY_ID])
         groups = map(_attributes, _attributes(attributes[CTRL_ATTR_MCAST_GROUPS]).values())
         by_name = {group[CTRL_ATTR_MCAST_GRP_NAME]: _number(group[CTRL_ATTR_MCAST_GRP_ID]) for group in groups}
@@ -75,12 +74,23 @@ class Watch:
     def targets(self) -> frozenset[int]:
         """The interfaces as they are now: those with ndo_xdp_xmit that would work."""
         with _connect() as ask:
-            found = list(_request(ask, self._family, NETDEV_CMD_DEV_GET, b"", NLM_F_DUMP))
-        return frozenset(
-            _number(each[NETDEV_A_DEV_IFINDEX])
-            for each in found
-            if _number(each[NETDEV_A_DEV_XDP_FEATURES]) & NETDEV_XDP_ACT_NDO_XMIT
-        )
+            found = _features(ask, self._family)
+        return frozenset(ifindex for ifindex, bits in found.items() if bits & NETDEV_XDP_ACT_NDO_XMIT)
+
+
+def xdp_features() -> dict[int, int]:
+    """What each interface can do now, by its number: bits NETDEV_XDP_ACT_*. OSError: ENOENT before Linux 6.3."""
+    with _connect() as ask:
+        return _features(ask, _number(_family(ask)[CTRL_ATTR_FAMILY_ID]))
+
+
+def _family(ask: socket.socket) -> Attributes:
+    return next(_request(ask, GENL_ID_CTRL, CTRL_CMD_GETFAMILY, _text(CTRL_ATTR_FAMILY_NAME, FAMILY)))
+
+
+def _features(ask: socket.socket, family: int) -> dict[int, int]:
+    found = list(_request(ask, family, NETDEV_CMD_DEV_GET, b"", NLM_F_DUMP))
+    return {_number(each[NETDEV_A_DEV_IFINDEX]): _number(each[NETDEV_A_DEV_XDP_FEATURES]) for each in found}
 
 
 def _connect() -> socket.socket:
