@@ -125,7 +125,7 @@ SECTIONS: Final = (
     ),
     Section("workers", "Two workers", (Case(flows=200, workers=2),), x="workers", share=0.5),
     Section("spacing", "Spacing at the receiver", (Case(),), "spacing", share=0.3),
-    Section("changes", "Changes while it runs", (Case(),), "changes"),
+    Section("changes", "Changes while it runs", (Case(),), "changes", share=0.5),
 )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ LOADS: Final = (100_000, 250_000, 500_000, 1_000_000, 2_000_000, 3_000_000)  # o
 COST_RATE: Final = 100_000  # out
 SPACING_RATES: Final = (100_000, 500_000)
 CHANGE_RATE: Final = 100_000
+LONGEST_CHANGE: Final = 60.0  # seconds
 ADDED: Final = 5  # rules, each to an own flow
 LEARN_RATE: Final = 12_000  # new flows a second: below mrelay's limit on misses
 SHARES: Final = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
@@ -43,7 +44,7 @@ class Setup:
     cores: labs.Cores
     pps: float = 3e6
     warm: float = 1.0
-    seconds: float = 2.0
+    seconds: float = 1.6
     trial: float = 0.8
     steps: int = 5
     curve: bool = True
@@ -335,8 +336,10 @@ def _until_forwarded(bench: _Bench, number: int) -> float:
 def _lost_across(bench: _Bench, seconds: float, change: Callable[[], None]) -> float:
     """Datagrams lost while `change` is made half a second into a stream."""
     sent, came = bench.source.sent, sum(bench.programs.datagrams())
-    with bench.source.offering(CHANGE_RATE, seconds):
+    with bench.source.offering(CHANGE_RATE, LONGEST_CHANGE):
+        end = time.monotonic() + seconds
         time.sleep(0.5)
         change()
+        time.sleep(max(0.5, end - time.monotonic()))
     bench.programs.drained()
     return (bench.source.sent - sent) * bench.case.copies - (sum(bench.programs.datagrams()) - came)

@@ -62,6 +62,7 @@ class Peer(BaseModel):
     most_flows: int = Field(1, ge=1)
     most_workers: int = Field(1, ge=1)
     sections: tuple[str, ...] = tuple(section.name for section in SECTIONS)
+    quick: bool = True
     io_uring: bool = True
     ours: bool = False
     settings: dict[str, str | int | bool] = {}

@@ -63,7 +63,9 @@ def _round(choice: Choice, number: int, peers: Sequence[Peer], setup: measure.Se
 
 
 def _asked(choice: Choice, peer: Peer) -> bool:
-    return choice.peers is None or peer.name in choice.peers
+    if choice.peers is None:
+        return peer.quick or not choice.quick
+    return peer.name in choice.peers
 
 
 def _seconds(setup: measure.Setup, section: Section, case: Case) -> float:

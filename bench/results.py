@@ -4,7 +4,6 @@ Owns that file's shape. run_bench.py adds to it; tables, plots, targets and the 
 `save` and `load`.
 """
 
-import dataclasses
 import json
 import math
 from dataclasses import asdict, dataclass, field
@@ -155,8 +154,3 @@ def _crowded(results: Results) -> list[str]:
                 f"{where}: the sink was the limit ({figures['lost_egress']:,.0f} frames had no place there)"
             )
     return found
-
-
-def as_dict(case: Case) -> dict[str, Any]:
-    """Plain values."""
-    return dataclasses.asdict(case)

@@ -35,7 +35,7 @@ from results import Results, Sample
 from targets import verdicts
 
 OUT: Final = Path(__file__).resolve().parent / "results" / "local"
-QUICK: Final[dict[str, Any]] = {"warm": 0.5, "seconds": 0.8, "trial": 0.3, "steps": 3, "curve": False}
+QUICK: Final[dict[str, Any]] = {"warm": 0.5, "seconds": 0.7, "trial": 0.3, "steps": 3, "curve": False}
 _EXAMPLES: Final = """examples:
   make bench                                    everything, under an hour; docs/performance.md says what it means
   make bench QUICK=1                            the main figures, under five minutes
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--only", nargs="+", metavar="SECTION", help=f"only these: {sections}")
     add("--peers", nargs="+", metavar="NAME", help="only these (bench/peers.toml)")
     add("--rounds", type=int, help="times the main figures are measured (default 3; quick: 1)")
-    add("--seconds", type=float, help="of load for each figure (default 2; quick: 1)")
+    add("--seconds", type=float, help="of load for each figure (default 1.6; quick: 0.7)")
     add("--pps", type=float, default=3e6, help="offered as overload (default %(default)g)")
     add(
         "--out",

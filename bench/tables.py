@@ -5,6 +5,7 @@ Owns how figures are written. A cell has the median and, where there are several
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import isnan
 from typing import Final
 
 from rich.table import Table as RichTable
@@ -266,7 +267,8 @@ def room(results: Results) -> Table:
         own = [sample for sample in load if sample.peer == name]
         if own:
             offered = min(sample.figures["offered"] / sample.figures["wanted"] for sample in own)
-            share, steal = (max(sample.figures[f] for sample in own) for f in ("sink_share", "busy_core_steal"))
-            rows.append((name, f"{100 * offered:.0f} %", f"{share:.1f} %", f"{steal:.1f} %"))
+            shares, stolen = ([s.figures[f] for s in own] for f in ("sink_share", "busy_core_steal"))
+            share = max((each for each in shares if not isnan(each)), default=0.0)
+            rows.append((name, f"{100 * offered:.0f} %", f"{share:.1f} %", f"{max(stolen):.1f} %"))
     heads = ("", "offered, of what was wanted, at least", "sink's share of its core, at most", "stolen, at most")
     return Table("Room: generator, sink, machine", heads, tuple(rows))

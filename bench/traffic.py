@@ -5,11 +5,12 @@ frames: it rewrites each frame's headers from a table (the receiving side may ha
 flow by flow, writes the time into the payload, and paces itself in the kernel, so that Python's speed is no
 matter. Frames carry right checksums, for GRO merges only such as have one, and DF unless told otherwise, as from
 Linux senders. `UdpSource` sends from a socket, a frame a datagram or merged by UDP_SEGMENT. Leaving `offering`
-blocks until all is sent.
+ends the load.
 """
 
 import contextlib
 import functools
+import math
 import os
 import socket
 import struct
@@ -150,7 +151,9 @@ class Programs:
         return int(self.tallies["first"][self.indexes].max())
 
     def sink_seconds(self) -> float:
-        """What it takes the sink to count a frame."""
+        """What it takes the sink to count a frame; NaN for frames too long to try that."""
+        if self.payload > LONGEST:
+            return math.nan
         trial = frame(Flow(labs.SOURCE_ADDRESS, "239.0.0.1", 1), self.payload)
         counted = self.tallies.copy()
         taken = libbpf.test_run(self._sink, trial, repeat=10_000).nanoseconds / 1e9
@@ -187,7 +190,7 @@ class Source(Protocol):
         """Datagrams so far."""
 
     def offering(self, pps: float, seconds: float) -> contextlib.AbstractContextManager[None]:
-        """`pps` datagrams a second for `seconds`, from a thread with the caller's core."""
+        """`pps` datagrams a second for `seconds`, but no longer than the block, from a thread on this core."""
 
 
 class XdpSource:
@@ -222,9 +225,8 @@ class XdpSource:
         with _above(thread):
             try:
                 yield
-            except BaseException:
-                load["stop"] = 1
-                raise
+            finally:
+                load["stop"] = 1  # by now all is sent, unless it was more than it can
 
     def _send(self, frames: int) -> None:
         with scheduling.real_time(1):
@@ -260,9 +262,8 @@ class UdpSource:
         with _above(thread):
             try:
                 yield
-            except BaseException:
+            finally:
                 self._stop = True
-                raise
 
     def _send(self, pps: float, seconds: float) -> None:
         with scheduling.real_time(1):
