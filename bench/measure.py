@@ -88,7 +88,7 @@ class _Bench:
             time.sleep(seconds)
         self.programs.drained()
         expected = (self.source.sent - sent) * self.case.copies
-        return max(0.0, 1 - (sum(self.programs.datagrams()) - came) / expected)
+        return max(0.0, 1 - (sum(self.programs.datagrams()) - came) / max(1, expected))
 
     def out(self, pps: float, seconds: float) -> float:
         """Datagrams out a second while so many are offered."""

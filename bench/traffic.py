@@ -43,6 +43,7 @@ _HEAD: Final = [("bytes", "u1", 48), ("sum", "<u8")]
 _TALLY: Final = [(name, "<u8") for name in ("datagrams", "bytes", "frames", "first", "last")]
 _UNSUMMED: Final = (1 << 64) - 1
 _UDP_SEGMENT: Final = 103  # linux/udp.h
+_START: Final = 10.0  # seconds
 _DRAIN: Final = 0.15  # seconds for what is under way
 
 
@@ -222,8 +223,11 @@ class XdpSource:
         load = self._programs.load
         load["gap"], load["next"], load["stop"] = round(1e9 / pps), time.monotonic_ns(), 0
         thread = threading.Thread(target=self._send, args=(int(pps * seconds),), daemon=True)
+        before, deadline = self.sent, time.monotonic() + _START
         with _above(thread):
             try:
+                while self.sent == before and thread.is_alive() and time.monotonic() < deadline:
+                    time.sleep(0.0005)  # the kernel makes ready first, the longer the busier it is
                 yield
             finally:
                 load["stop"] = 1  # by now all is sent, unless it was more than it can
