@@ -25,7 +25,7 @@ from mrelay.messages import TapFilter
 __all__ = ["Frame", "Tap", "TapFilter", "open_tap"]
 
 PORTION: Final = 64  # frames at a time
-REST: Final = 3  # times as long as a portion took, with all that its reader did: a quarter of a processor at most
+REST: Final = 3  # times the processor time that a portion and its reader took: a quarter of one at most
 _PAUSE: Final = 0.001  # seconds of rest at least
 
 
@@ -49,10 +49,10 @@ class Tap:
     async def __aiter__(self) -> AsyncIterator[Frame]:
         while True:
             await self._readable()
-            started = time.monotonic()
+            started = time.thread_time()
             for frame in self._portion():
                 yield frame
-            await asyncio.sleep(max(_PAUSE, REST * (time.monotonic() - started)))
+            await asyncio.sleep(max(_PAUSE, REST * (time.thread_time() - started)))
 
     async def _readable(self) -> None:
         loop = asyncio.get_running_loop()
