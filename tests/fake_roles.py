@@ -22,11 +22,13 @@ from mrelay.messages import (
     Committed,
     Done,
     DropRule,
+    Failed,
     Grant,
     Listen,
     Listening,
     LogLevel,
     Message,
+    OpenTap,
     Outcome,
     PutRule,
     Ready,
@@ -172,6 +174,8 @@ class FakeSupervisor:
                 self.channel.send(Done(message.id))
                 for number, _ in enumerate(message.cores):
                     self.start_worker(number)
+            case OpenTap():
+                self.channel.send(Failed(message.id, 1, "no taps here", ""))
             case Ready():
                 self.events.append(("ready", message.status))
             case LogLevel():

@@ -190,7 +190,8 @@ class TapFilter:
     """Which frames of an interface a tap gets, of each the first `snap` bytes.
 
     Those to `networks`: prefixes of groups, or single hosts, of which only UDP; by chance one in `one_in` of them.
-    `membership`: all IGMP and MLD too.
+    `membership`: all IGMP and MLD too. `family` 4 or 6: incoming frames of it that the fast path left; 0: frames
+    of both, before anything else sees them.
     """
 
     networks: tuple[str, ...]
@@ -199,6 +200,7 @@ class TapFilter:
     outgoing: bool = False
     snap: int = 65535
     one_in: int = 1
+    family: int = 0
 
 
 @dataclass(frozen=True, slots=True)

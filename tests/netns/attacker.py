@@ -144,11 +144,11 @@ def abuse_a_tap(taken: Taken) -> None:
             "no transmit ring": lambda: sock.setsockopt(263, 13, bytes(16)),  # SOL_PACKET, PACKET_TX_RING
         }
         found = {name: tried(attempt) for name, attempt in attempts_.items()}
-        held = [tapped(channel, OpenTap(number, taken.link, TapFilter(_ALL))) for number in range(801, 816)]
-        found["one too many"] = ask(channel, OpenTap(816, taken.link, TapFilter(_ALL)))
-        for number in range(800, 816):
+        more = range(801, 804)
+        held = [tapped(channel, OpenTap(number, taken.link, TapFilter(_ALL))) for number in more]
+        for number in range(800, 804):
             channel.send(CloseTap(number))
-        found["after closing"] = ask(channel, OpenTap(817, taken.link, TapFilter(_ALL)))
+        found["after closing"] = ask(channel, OpenTap(898, taken.link, TapFilter(_ALL)))
     taken.kept = [sock, *held]
     say(found)
 
@@ -286,6 +286,8 @@ OTHERS: Final[dict[str, Message]] = {
     "tap of no bytes": OpenTap(932, 1, TapFilter(_ALL, snap=0)),
     "tap of huge frames": OpenTap(933, 1, TapFilter(_ALL, snap=BIG)),
     "tap of none in one": OpenTap(934, 1, TapFilter(_ALL, one_in=0)),
+    "tap of family 5": OpenTap(936, 1, TapFilter(_ALL, family=5)),
+    "tap of a huge family": OpenTap(937, 1, TapFilter(_ALL, family=BIG)),
     "tap of one in a huge number": OpenTap(935, 1, TapFilter(_ALL, one_in=BIG)),
     "socket mode 0777": Listen(901, 0o777, None),
     "socket mode with set-uid": Listen(902, 0o4660, None),
@@ -338,7 +340,8 @@ def _egress(chance: random.Random) -> OpenEgress:
 def _tap_filter(chance: random.Random) -> TapFilter:
     networks = tuple(_text(chance) for _ in range(chance.randrange(3)))
     membership, incoming, outgoing = (chance.random() < 0.5 for _ in range(3))
-    return TapFilter(networks, membership, incoming, outgoing, _number(chance), _number(chance))
+    numbers = [_number(chance) for _ in range(3)]
+    return TapFilter(networks, membership, incoming, outgoing, *numbers)
 
 
 def _number(chance: random.Random) -> int:

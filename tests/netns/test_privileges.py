@@ -258,6 +258,8 @@ def test_children_have_the_descriptors_that_were_meant_for_them(lab: Lab) -> Non
             "counters": workers,
             "pulse": 1,
             "statm": 2 + workers,  # its own, the supervisor's
+            "memberships": 4,  # of /proc/net
+            "packet": 4,  # taps for IGMP and MLD, at in0 and out0
         }
         eventually(lambda: descriptors(star.relay, control) == expected, f"control has {expected}")
 
@@ -281,6 +283,7 @@ def _kind(target: str, sockets: dict[str, str]) -> str:
     if target.startswith("socket:["):
         return sockets.get(target[8:-1], target)
     names = {"stderr": "log", "state": "state", "statm": "statm"}
+    names |= dict.fromkeys(("igmp", "igmp6", "mcfilter", "mcfilter6"), "memberships")
     names |= {f"memfd:mrelay-{name} (deleted)": name for name in ("counters", "pulse")}
     return names.get(target.rpartition("/")[2], target)
 

@@ -551,7 +551,15 @@ def import_nothing_late() -> None:
     async def work() -> None:
         known: set[str] = set()
         async with relay(directory, CONFIG_A) as it:
-            for path in ("health", "rules", "flows", "stats", "workers"):
+            for path in (
+                "health",
+                "rules",
+                "flows",
+                "stats",
+                "workers",
+                "rules/a/why?seconds=0.5",
+                "why?seconds=0.5",
+            ):
                 await it.api("GET", f"/v1/{path}")
             for path in ("/metrics", "/openapi.json", "/nothing"):
                 await it.api("GET", path)

@@ -67,6 +67,17 @@ COMMANDS: Final = (
         ("mrelay doctor", "sudo mrelay doctor --json", "sudo mrelay doctor --fix"),
     ),
     Command(
+        "why",
+        "mrelay.cli.why:why",
+        READ,
+        "Say whether a rule forwards; if not, where its stream stops, and what to do.\n\n"
+        "Goes through the stages in order (rule, interface, membership, querier, frames, headers, workers, loop, "
+        "limits, outputs, flow, receivers, forwarding), looks at the traffic for a moment, and stops at the "
+        "first that fails. Without NAME, a line for each rule. If nothing comes for its groups, and nothing has "
+        "for ten seconds, they are joined anew once. Exit 0 when all forwards, 1 when not.",
+        ("mrelay why studio-a", "mrelay why studio-a --seconds 30", "mrelay why", "mrelay why studio-a --json"),
+    ),
+    Command(
         "flows",
         "mrelay.cli.tables:flows",
         READ,

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 Since = Annotated[str | None, WithJsonSchema({"type": "string", "examples": ["42", "6a2b3c4d:42"]})]
 Limit = Annotated[int | None, Query(ge=1)]
 RuleTable = Annotated[dict[str, Any], Body(), WithJsonSchema(views.RULE_SCHEMA)]
+WHY_SECONDS = 2.0
+WhySeconds = Annotated[float, Query(ge=0.5, le=120, description="How long to look, in seconds.")]
 LogTable = Annotated[dict[str, Any], Body(), WithJsonSchema(views.LogLevels.model_json_schema())]
 RulesTable = Annotated[dict[str, Any], Body(), WithJsonSchema(views.RULES_SCHEMA)]
 
@@ -72,6 +74,8 @@ def _add_looking(app: FastAPI, relay: Relay) -> None:
     async def rules() -> Response:
         """The running rules and how each one and its outputs are."""
         return as_json(relay.rules())
+
+    _add_why(app, relay)
 
     @app.get("/v1/flows", response_model=views.Flows)
     async def flows(limit: Limit = None) -> Response:
@@ -121,6 +125,24 @@ def _add_history(app: FastAPI, relay: Relay) -> None:
         """Rates of a rule in the last ten minutes."""
         relay.rule(name)
         return as_json(relay.history.rule(name))
+
+
+def _add_why(app: FastAPI, relay: Relay) -> None:
+    errors: dict[str, Any] = {"model": views.Errors}
+
+    @app.get("/v1/rules/{name}/why", response_model=views.Why, responses={404: errors, 422: errors})
+    async def why(name: str, seconds: WhySeconds = WHY_SECONDS) -> Response:
+        """Whether the rule forwards; if not, the first stage that fails, and the remedy.
+
+        Looks at its traffic for `seconds`, or half a second when all is well. If nothing comes for the rule's
+        groups, and nothing has for a while, they are joined anew once.
+        """
+        return as_json(await relay.why(name, seconds))
+
+    @app.get("/v1/why", response_model=views.WhyAll, responses={422: errors})
+    async def why_all(seconds: WhySeconds = WHY_SECONDS) -> Response:
+        """The same in short for all rules; those that are not well are looked at three at a time."""
+        return as_json(await relay.why_all(seconds))
 
 
 def _add_events(app: FastAPI, relay: Relay) -> None:

@@ -25,11 +25,13 @@ from mrelay.control.notice import InterfaceWatch, Noticer
 from mrelay.control.observe import Observe
 from mrelay.control.peers import Access, UnixDoor
 from mrelay.control.proc import open_statm, start_time
+from mrelay.control.procnet import ProcNet
 from mrelay.control.reconcile import Reconciler
 from mrelay.control.relay import Host, Relay
 from mrelay.control.routes import NextHops
 from mrelay.control.rulebook import Rulebook, merge
 from mrelay.control.sampler import Sample, Sampler
+from mrelay.control.segments import Segments
 from mrelay.control.server import Server, UnixProtocol
 from mrelay.control.settings import choose_cores, idle_xdp, override
 from mrelay.control.state import State, StateFile
@@ -38,6 +40,7 @@ from mrelay.control.streams import Streams
 from mrelay.control.supervisor import Event, RequestFailed, Supervisor
 from mrelay.control.tcp import TcpListener
 from mrelay.control.want import Settings
+from mrelay.control.why import Sources, Why
 from mrelay.control.workers import Workers
 from mrelay.ebpf.carry import CHOSEN
 from mrelay.ebpf.maps import Maps, sizes_of
@@ -75,6 +78,7 @@ class Control:
         self._lock_in, self._landlock = lock_in, 0
         self._supervisor_started = start_time(os.getppid())
         self._statm = open_statm(os.getpid()), open_statm(os.getppid())
+        self._procnet = ProcNet()
         loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[int] = loop.create_future()
         self._setup: asyncio.Future[tuple[Setup, list[int]]] = loop.create_future()
@@ -95,6 +99,7 @@ class Control:
         self.events = EventLog()
         self.workers = Workers(self._on_worker_up, self._on_end)
         self.supervisor = Supervisor(sock, self._on_event, self._on_end)
+        self._segments = Segments(self.supervisor)
 
     # ---- events -----------------------------------------------------------------------------------
 
@@ -240,7 +245,6 @@ class Control:
         self._spawn(streams.run())
         stats = Stats(self.workers, book, links, self._reconciler, sampler, fast, streams)
         host = Host(self._supervisor_started, *self._statm, self._landlock)
-        why_not = self._no_fast_path if fast is None else ""
         observe = Observe(self.supervisor, links, stats, streams, book)
         self._relay = Relay(
             book,
@@ -252,14 +256,25 @@ class Control:
             self.events,
             observe,
             history,
-            why_not,
+            self._why(book, links, stats, sampler, self._reconciler),
+            self._no_fast_path if fast is None else "",
         )
         await self._reconciler.settled()
         await self._serve_api(self._relay, relay, fds[0], setup.state_dir)
         self._relay.ready = True
-        self._reconciler.after_pass = self._tell_status
+        self._reconciler.after_pass = self._after_pass
         self._said = self._status()
         self.supervisor.ready(self._said)
+        self._after_pass()
+
+    def _why(
+        self, book: Rulebook, links: LinkTable, stats: Stats, sampler: Sampler, reconciler: Reconciler
+    ) -> Why:
+        segments, procnet = self._segments, self._procnet
+        self._spawn(segments.run())
+        return Why(
+            Sources(book, reconciler, self.workers, links, stats, sampler, segments, self.supervisor, procnet)
+        )
 
     async def _load(self, setup: Setup, file: StateFile, config_fds: list[int]) -> Rulebook:
         """The rules and settings to start with: what ran last, merged with the config file's edits."""
@@ -349,6 +364,11 @@ class Control:
     def _status(self) -> str:
         up, rules = self._reconciler.rules_up() if self._reconciler else (0, 0)
         return f"{up} of {rules} rules up, {len(self.workers.live())} workers"
+
+    def _after_pass(self) -> None:
+        self._tell_status()
+        if self._reconciler is not None:
+            self._segments.follow(self._reconciler.plans)
 
     def _tell_status(self) -> None:
         if self._said != self._status():

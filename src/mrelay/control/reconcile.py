@@ -19,6 +19,7 @@ from mrelay.control.routes import Hop, NextHops
 from mrelay.control.rulebook import Rulebook
 from mrelay.control.supervisor import RequestFailed, Supervisor
 from mrelay.control.want import (
+    STARTING,
     UP,
     EgressIds,
     RulePlan,
@@ -64,6 +65,7 @@ class Reconciler:
         self._states: dict[Subject, str] = {}
         self.refused: dict[Resource, str] = {}  # GRO, XDP, held ports: done without, retried when a link changes
         self._no_xdp: dict[int, str] = {}  # what was last said of it, by interface
+        self._anew: set[JoinGroup] = set()  # to be left and joined again in the next pass
         self._known: dict[str, RulePlan] = {}  # made since the links last changed
         self.plans: list[RulePlan] = []
         self.failed: dict[Resource, str] = {}
@@ -105,6 +107,16 @@ class Reconciler:
         self._hops.look_again()
         self._wake.set()
 
+    async def join_anew(self, joins: AbstractSet[JoinGroup]) -> None:
+        """Leave and join: whoever snoops on the segment hears it."""
+        self._anew |= joins
+        await self.settled()
+
+    def state_of(self, name: str) -> str:
+        """A rule's state, as /v1/rules has it."""
+        plan = next((plan for plan in self.plans if plan.rule.name == name), None)
+        return STARTING if plan is None else rule_state(plan, self.trouble())
+
     async def settled(self) -> None:
         """Wait for a whole pass that starts from now on."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -139,7 +151,8 @@ class Reconciler:
         wanted: set[Resource] = set().union(*(plan.needs() for plan in plans))
         self.failed = {what: problem for what, problem in self.failed.items() if what in wanted}
         self.refused = {what: why for what, why in self.refused.items() if what in wanted}
-        await self._release(self._in_the_way(wanted))
+        anew, self._anew = self._anew, set()
+        await self._release(self._in_the_way(wanted) | (anew & self._have))
         await self._grant(set().union(*(plan.opens() for plan in plans)))
         await self._release(what for what in self._have - wanted if isinstance(what, JoinGroup))
         own = own_sources(plans, self._links)

@@ -23,6 +23,7 @@ from mrelay.control.rulebook import Rulebook, difference, merge
 from mrelay.control.stats import Stats
 from mrelay.control.supervisor import Supervisor
 from mrelay.control.want import STARTING, RulePlan, output_state, rule_state
+from mrelay.control.why import Why
 from mrelay.control.workers import Workers
 from mrelay.messages import Resource
 from mrelay.model.config import parse_rules
@@ -60,6 +61,7 @@ class Relay:
         events: EventLog,
         observe: Observe,
         history: History,
+        why: Why,
         no_fast_path: str,
     ) -> None:
         """`no_fast_path`: why there is none; empty when there is."""
@@ -71,6 +73,7 @@ class Relay:
         self._scraping = asyncio.Lock()
         since_boot = time.clock_gettime(time.CLOCK_BOOTTIME) - host.supervisor_started
         self._started = round(time.time() - since_boot, 2)
+        self._why = why
 
     def health(self) -> Table:
         """/v1/health; `pid` and `uptime` are the supervisor's."""
@@ -165,6 +168,17 @@ class Relay:
             if view["name"] == name:
                 return dict(view)
         raise NoRule(name)
+
+    async def why(self, name: str, seconds: float) -> Table:
+        """/v1/rules/NAME/why; raises NoRule."""
+        for rule in self._book.rules:
+            if rule.name == name:
+                return await self._why.rule(rule, seconds)
+        raise NoRule(name)
+
+    async def why_all(self, seconds: float) -> Table:
+        """/v1/why"""
+        return await self._why.all(seconds)
 
     async def remove(self, name: str) -> None:
         """Remove a rule. Raises NoRule, OSError (not saved)."""

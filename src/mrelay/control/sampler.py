@@ -18,6 +18,7 @@ from mrelay.counters import DROP_REASONS, U64, sound_keys
 from mrelay.counters_size import MAX_RULES
 
 INTERVAL = 1.0  # seconds
+PAUSE = 10.0  # seconds without a datagram, after which a rule begins anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +73,29 @@ class Sampler:
         self._workers, self._after = workers, after
         self._old: Sample | None = None
         self._new: Sample | None = None
+        self._grew = np.zeros((2, MAX_RULES))  # monotonic: when each rule last took a datagram, and since when
 
     async def run(self) -> None:
         """Sample until cancelled."""
         while True:
             await self._workers.sync()
             self._old, self._new = self._new, take(self._workers)
+            self._note_growth(self._old, self._new)
             if self._after is not None:
                 await self._after(self._new)
             await asyncio.sleep(INTERVAL)
+
+    def _note_growth(self, old: Sample | None, new: Sample) -> None:
+        grown = new.rules[0] > (old.rules[0] if old else 0)
+        last, since = self._grew
+        since[grown & (new.at - last > PAUSE)] = new.at
+        last[grown] = new.at
+
+    def ago(self, slot: int) -> tuple[float | None, float | None]:
+        """Seconds since the rule of this slot last took a datagram, and since it began to; None: it never did."""
+        now = time.monotonic()
+        last, since = self._grew[:, slot].tolist()
+        return (now - last, now - since) if last else (None, None)
 
     def rules(self) -> NDArray[np.float64]:
         """Packets and bytes per second of each rule slot: [2, MAX_RULES]."""

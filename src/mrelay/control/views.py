@@ -293,6 +293,36 @@ class Discovered(BaseModel):
     services: list[Service]
 
 
+class Stage(BaseModel):
+    """One stage on a stream's way. `text` in one line; `evidence`: what was seen; `remedy` when it failed."""
+
+    stage: str
+    status: Literal["ok", "failed", "unknown", "skipped"]
+    text: str
+    evidence: list[str]
+    remedy: str
+
+
+class WhyLine(BaseModel):
+    """`stage`: the first that failed, null when none did; `summary` is what it says."""
+
+    rule: str
+    verdict: Literal["forwarding", "partly", "not forwarding"]
+    stage: str | None
+    summary: str
+
+
+class Why(WhyLine):
+    """`seconds`: how long it was looked at. `stages` in order; those behind the one that failed are "skipped"."""
+
+    seconds: float
+    stages: list[Stage]
+
+
+class WhyAll(BaseModel):
+    rules: list[WhyLine]
+
+
 class Stopping(BaseModel):
     """`flows`: how many the kernel goes on to forward."""
 

@@ -178,8 +178,10 @@ _HOSTS_UDP: Final = (
 )
 
 
-def open_tap(ifindex: int, program: Sequence[Insn], *, outgoing: bool) -> socket.socket:
+def open_tap(ifindex: int, program: Sequence[Insn], *, outgoing: bool, protocol: int = ETH_P_ALL) -> socket.socket:
     """A non-blocking tap on an interface, its filter locked. OSError as the kernel says it.
+
+    ETH_P_ALL gets frames before tc does, ETH_P_IP and ETH_P_IPV6 incoming ones that tc passed on.
 
     Whoever has its descriptor can send no packet through it: its transmit ring takes frames of 22 bytes at most.
     """
@@ -200,7 +202,7 @@ def open_tap(ifindex: int, program: Sequence[Insn], *, outgoing: bool) -> socket
         # struct tpacket_req; a socket with a transmit ring sends from there alone
         ring = struct.pack("=IIII", mmap.PAGESIZE, 1, _SMALLEST_FRAME, mmap.PAGESIZE // _SMALLEST_FRAME)
         sock.setsockopt(SOL_PACKET, PACKET_TX_RING, ring)
-        sock.bind((name, ETH_P_ALL))
+        sock.bind((name, protocol))
     except BaseException:
         sock.close()
         raise

@@ -6,14 +6,16 @@ and are no resource of a rule. Called by supervisor.main; nothing blocks.
 
 import ipaddress
 import socket
+import threading
 from typing import Final
 
 from mrelay.kernel import cbpf
+from mrelay.kernel.packet import PROTOCOLS
 from mrelay.kernel.tap import MOST, Network, disarm, open_tap, tap_filter
 from mrelay.messages import OpenTap, TapFilter, Tapped
 from mrelay.supervisor.resources import Refused
 
-MAX_TAPS: Final = 16
+MAX_TAPS: Final = 64
 MAX_NETWORKS: Final = 64
 _MULTICAST_BITS: Final = {4: 4, 6: 8}  # of a prefix: 224.0.0.0/4, ff00::/8
 _MAX_ONE_IN: Final = 1 << 20
@@ -33,24 +35,37 @@ class Taps:
         _require(request.id not in self._open, f"tap {request.id} is open")
         _require(0 < request.ifindex <= _MAX_INT, f"interface {request.ifindex}")
         program = _filter(request.what)
-        self._open[request.id] = open_tap(request.ifindex, program, outgoing=request.what.outgoing)
+        self._open[request.id] = open_tap(
+            request.ifindex,
+            program,
+            outgoing=request.what.outgoing,
+            protocol=PROTOCOLS[request.what.family],
+        )
         return Tapped(request.id)
 
     def fd(self, number: int) -> int:
         """The descriptor of an open one."""
         return self._open[number].fileno()
 
-    def close(self, number: int) -> None:
-        """Closing what is not open is fine."""
-        sock = self._open.pop(number, None)
-        if sock is not None:
-            with sock:
-                disarm(sock)
+    def close(self, *numbers: int) -> None:
+        """Closing what is not open is fine.
+
+        They end at once; the rest, for which the kernel takes some 20 ms each, nobody has to wait for.
+        """
+        socks = [self._open.pop(number) for number in numbers if number in self._open]
+        for sock in socks:
+            disarm(sock)
+        if socks:
+            threading.Thread(target=_close_each, args=(socks,), daemon=True).start()
 
     def close_all(self) -> None:
         """When control is gone."""
-        for number in list(self._open):
-            self.close(number)
+        self.close(*self._open)
+
+
+def _close_each(socks: list[socket.socket]) -> None:
+    for sock in socks:
+        sock.close()
 
 
 def _filter(what: TapFilter) -> list[cbpf.Insn]:
@@ -59,6 +74,7 @@ def _filter(what: TapFilter) -> list[cbpf.Insn]:
     _require(what.incoming or what.outgoing, "a tap for neither direction")
     _require(0 < what.snap <= MOST, f"{what.snap} bytes of a frame")
     _require(0 < what.one_in <= _MAX_ONE_IN, f"one frame in {what.one_in}")
+    _require(what.family in PROTOCOLS, f"family {what.family}")
     return tap_filter(
         [_network(text) for text in what.networks],
         what.snap,

@@ -1,0 +1,1 @@
+"""Why a rule forwards, or where it stops: facts in, findings out; no I/O."""
