@@ -9,6 +9,7 @@ import pytest
 
 from fake_relay import FakeRelay, Run
 from mrelay.cli import host
+from mrelay.cli.client import TIMEOUT, Client
 from mrelay.ebpf import load
 
 FILE = """\
@@ -70,6 +71,27 @@ def test_apply_shows_the_difference(run: Run, relay: FakeRelay, file: Path) -> N
     _, _, body = relay.requests[-1]
     assert [rule["name"] for rule in body["rules"]] == ["a", "new"]
     assert body["rules"][1]["to"] == ["eth1:239.2.2.4:6000"]
+
+
+def test_apply_waits_longer_for_more_rules(
+    run: Run, relay: FakeRelay, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    exchange = Client._exchange
+
+    def noted(self: Client, method: str, target: str, body: object, patience: float) -> tuple[int, bytes]:
+        waits.append(patience)
+        return exchange(self, method, target, body, patience)
+
+    monkeypatch.setattr(Client, "_exchange", noted)
+    for count in (1, 10_000):
+        rules = [{**RUNNING[0], "name": f"r{number}"} for number in range(count)]
+        relay.answer("GET /v1/rules", {"rules": rules})
+        relay.answer("PUT /v1/rules?dry_run=false", DIFFERENCE)
+        assert run("apply", str(file)).status == 0
+    assert waits[0] == waits[2] == TIMEOUT
+    assert waits[1] < TIMEOUT + 1
+    assert waits[3] > 5 * TIMEOUT
 
 
 def test_apply_dry_run_asks_for_one_and_says_so(run: Run, relay: FakeRelay, file: Path) -> None:

@@ -1,8 +1,8 @@
 """The control API's client: JSON over HTTP over the relay's Unix socket, standard library only.
 
-The client commands call it. Every call blocks for at most TIMEOUT seconds and opens a connection of its
-own, so a relay that was restarted between two calls of `--watch` is found again. All that can go wrong
-is raised as Failure, with what to do next.
+The client commands call it. Every call blocks for TIMEOUT seconds at most, or as long as its
+caller says, and opens a connection of its own, so a relay that was restarted between two calls of `--watch` is
+found again. All that can go wrong is raised as Failure, with what to do next.
 """
 
 import contextlib
@@ -43,9 +43,12 @@ class Client:
         """The JSON object at `target`, for example /v1/flows."""
         return self.request("GET", target)
 
-    def request(self, method: str, target: str, body: object = None) -> Any:
-        """The JSON answer of one request, None when it has no body; Failure for all else."""
-        status, data = self._exchange(method, target, body)
+    def request(self, method: str, target: str, body: object = None, *, patience: float = TIMEOUT) -> Any:
+        """The JSON answer of one request, None when it has no body; Failure for all else.
+
+        `patience`: seconds without an answer until it is one.
+        """
+        status, data = self._exchange(method, target, body, patience)
         if status >= 400:
             raise Failure(*_error_lines(status, data))
         try:
@@ -81,8 +84,8 @@ class Client:
         finally:
             connection.close()
 
-    def _exchange(self, method: str, target: str, body: object) -> tuple[int, bytes]:
-        connection = _UnixConnection(self.path)
+    def _exchange(self, method: str, target: str, body: object, patience: float) -> tuple[int, bytes]:
+        connection = _UnixConnection(self.path, patience)
         payload = None if body is None else json.dumps(body).encode()
         headers = {} if payload is None else {"Content-Type": "application/json"}
         try:
@@ -90,7 +93,7 @@ class Client:
             response = connection.getresponse()
             return response.status, response.read()
         except (OSError, http.client.HTTPException) as error:
-            raise _connection_failure(self.path, error) from error
+            raise _connection_failure(self.path, error, patience) from error
         finally:
             connection.close()
 
@@ -106,7 +109,7 @@ def _messages(lines: Iterable[bytes]) -> Iterator[tuple[str, str, Any]]:
             yield fields.get("id", ""), fields.get("event", ""), json.loads(fields.pop("data"))
 
 
-def _connection_failure(path: Path, error: Exception) -> Failure:
+def _connection_failure(path: Path, error: Exception, patience: float = TIMEOUT) -> Failure:
     remedy = "start one with 'mrelay run', or name its socket with --socket or MRELAY_SOCKET"
     match error:
         case FileNotFoundError() | NotADirectoryError():
@@ -118,7 +121,7 @@ def _connection_failure(path: Path, error: Exception) -> Failure:
         case ConnectionRefusedError():
             return Failure(f"no relay answers at {path}, which one left behind: {remedy}")
         case TimeoutError():
-            return Failure(f"the relay at {path} did not answer within {TIMEOUT:.0f} s: see its log")
+            return Failure(f"the relay at {path} did not answer within {patience:.0f} s: see its log")
     return Failure(f"no relay reached at {path}: {error}: {remedy}")
 
 

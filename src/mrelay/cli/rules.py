@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from rich.console import RenderableType
 
 from mrelay.cli import files, output
-from mrelay.cli.client import Client
+from mrelay.cli.client import TIMEOUT, Client
 from mrelay.cli.failure import BAD_CONFIG, Failure
 from mrelay.cli.options import DEFAULT_SOCKET, AsJson, Every, Socket, Watch
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mrelay.model.config import Config
 
 _NAME: Final = Parameter(help="The rule's name: 1 to 64 of A-Z a-z 0-9 . _ -")
+_SECONDS_A_RULE: Final = 0.005  # to wait for an answer: on a busy machine, ten times what one takes
 _MARKS: Final = {"added": "+", "removed": "-", "changed": "~"}
 
 
@@ -87,7 +88,8 @@ def apply(
     before = {rule["name"]: rule for rule in client.get("/v1/rules")["rules"]}
     after: dict[str, dict[str, Any]] = {rule.name: rule.to_table() for rule in config.rules}
     target = f"/v1/rules?dry_run={'true' if dry_run else 'false'}"
-    difference = client.request("PUT", target, {"rules": list(after.values())})
+    patience = TIMEOUT + _SECONDS_A_RULE * (len(before) + len(after))
+    difference = client.request("PUT", target, {"rules": list(after.values())}, patience=patience)
     if as_json:
         output.print_json(difference)
     else:
