@@ -315,11 +315,11 @@ def everything(relay: Relay) -> dict[str, tuple[str, str | None]]:
 def overrun(relay: Relay, source: Namespace) -> None:
     """More frames than its ring has slots, while the worker stands still."""
     pid = relay.workers()[0]["pid"]
-    os.kill(pid, signal.SIGSTOP)
     with opened(source, "s0") as sock:
-        for _ in range(2000):
+        os.kill(pid, signal.SIGSTOP)
+        for _ in range(400):
             sock.send(stream(1)[0])
-    os.kill(pid, signal.SIGCONT)
+        os.kill(pid, signal.SIGCONT)  # soon, or it is taken for one that hangs
 
 
 def asked_meanwhile(relay: Relay, name: str, act: Callable[[], object]) -> dict[str, Any]:
