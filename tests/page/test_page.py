@@ -26,7 +26,11 @@ playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-core (make test-page)")
 expect = playwright.expect
 
-pytestmark = [pytest.mark.netns, pytest.mark.xdist_group("page"), pytest.mark.timeout(120)]
+pytestmark = [
+    pytest.mark.netns,
+    pytest.mark.xdist_group("page"),
+    pytest.mark.timeout(240),
+]  # a browser on a busy machine
 URL = "http://127.0.0.1:8080/"
 LISTEN = '[relay]\nlisten = "127.0.0.1:8080"\nworkers = 1\n'
 FLAGS = (
@@ -138,9 +142,12 @@ def save(page: Page, path: Path) -> None:
     """With few colours, which is how it is drawn, so that it is small."""
     from PIL import Image
 
+    page.evaluate("document.getElementById('said').replaceChildren()")  # it would lie over what is to be seen
     page.screenshot(path=path, full_page=True, animations="disabled", timeout=10_000)
     with Image.open(path) as picture:
-        picture.convert("RGB").quantize(160, dither=Image.Dither.NONE).save(path, optimize=True)
+        picture.convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+            path, optimize=True
+        )
     assert path.stat().st_size < 150_000
 
 
@@ -169,7 +176,7 @@ def enter(page: Page, relay: Relay, kind: str = "change") -> None:
 def test_a_rule_from_its_first_to_its_last_day(
     star: Star, page: Page, errors: Errors, shoot: Callable[[str], None]
 ) -> None:
-    """Added, seen at work, broken, removed; and nothing on the way is inaccessible."""
+    """Added, seen at work, broken, told why, removed; and nothing on the way is inaccessible."""
     with serving(star, page, "") as relay, sending(star, "239.1.1.1"):
         page.goto(URL)
         accessible(page, "token")
@@ -219,6 +226,14 @@ def test_a_rule_from_its_first_to_its_last_day(
         page.get_by_label("From").fill("in0:239.1.1.1:5004")
         page.get_by_role("button", name="Save").click()
         expect(page.locator(".heading .badge")).to_have_text("○up, silent")
+        page.get_by_role("link", name="Why?").click()
+        expect(page.get_by_role("heading", level=2)).to_have_text("Not forwarding")
+        expect(page.locator(".stages .failed")).to_contain_text("5000")
+        expect(page.locator(".remedy")).to_contain_text("5000")
+        accessible(page, "why")
+        shoot("why")
+
+        page.get_by_role("link", name="studio-a").click()
         page.get_by_role("button", name="Remove").click()
         dialog = page.get_by_role("dialog", name="Remove studio-a?")
         expect(dialog.get_by_role("button", name="Keep it")).to_be_focused()

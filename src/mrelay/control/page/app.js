@@ -10,6 +10,7 @@ import { overview } from "./overview.js";
 import { relayPage } from "./relaypage.js";
 import { rulePage } from "./rule.js";
 import { listen, look, state, stop, wordsOf } from "./store.js";
+import { whyPage } from "./why.js";
 
 const [main, nav, link, stale, actions] = ["main", "nav", "link", "stale", "actions"].map((id) => document.getElementById(id));
 let shown = null; // the page that is shown, and whether it was drawn
@@ -22,6 +23,7 @@ const ROUTES = [
   [/^#\/relay$/, relayPage],
   [/^#\/rule\/([^/]+)$/, rulePage],
   [/^#\/rule\/([^/]+)\/edit$/, editPage],
+  [/^#\/rule\/([^/]+)\/why$/, whyPage],
 ];
 
 function lost() {

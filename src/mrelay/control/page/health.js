@@ -19,8 +19,9 @@ export function healthOf(name) {
   const none = h("p", { class: "quiet" });
   const charts = { loss: chart("Lost, since this page was opened", percent, 0.001), jitter: chart("Jitter, since this page was opened", milliseconds, 0.001) };
   const series = { loss: [], jitter: [] };
+  const drawn = h("div", { class: "charts" }, ...Object.values(charts).map((one) => h("div", { class: "panel" }, one)));
   const tableNode = table("Stream health", [{ name: "Source" }, { name: "Format" }, { name: "Lost lately", number: true }, { name: "Lost", number: true }, { name: "Reordered", number: true }, { name: "Twice", number: true }, { name: "Jitter", number: true }, { name: "Silent for", number: true }, { name: "Alarms" }], body);
-  const node = section("Stream health", none, h("div", { class: "charts" }, ...Object.values(charts).map((one) => h("div", { class: "panel" }, one))), tableNode);
+  const node = section("Stream health", none, drawn, tableNode);
   let due = 0;
   function note(streams) {
     if (Date.now() < due) return;
@@ -37,7 +38,7 @@ export function healthOf(name) {
     if (!rule.health) return;
     const streams = state.streams.filter((stream) => stream.rule === name);
     setText(none, streams.length ? "" : "No stream of this rule has been heard.");
-    tableNode.hidden = !streams.length;
+    tableNode.hidden = drawn.hidden = !streams.length;
     sync(body, streams, (stream) => `${stream.interface} ${stream.vlan} ${stream.source} ${stream.group} ${stream.port}`, streamRow);
     note(streams);
   }

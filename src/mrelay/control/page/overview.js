@@ -61,7 +61,7 @@ function verdict(rules, wrong) {
 
 function troubleItem(rule) {
   const state_ = badge(rule.kind);
-  const node = h("li", {}, h("a", { href: ruleHref(rule.name) }, rule.name), state_);
+  const node = h("li", {}, h("a", { href: ruleHref(rule.name) }, rule.name), state_, h("a", { href: `${ruleHref(rule.name)}/why`, "aria-label": `Why? (${rule.name})` }, "Why?"));
   node.update = (now) => state_.update(now.kind, wordsOf(now));
   return node;
 }

@@ -54,8 +54,9 @@ export function rulePage(name) {
 }
 
 function buttonsOf(rule) {
-  if (!state.access.change) return [h("span", { class: "quiet" }, "You may only look")];
-  return [h("a", { class: "button", href: `${ruleHref(rule.name)}/edit` }, "Edit"), h("button", { type: "button", class: "danger", onclick: () => confirmRemoval(state.byName.get(rule.name) || rule) }, "Remove")];
+  const why = h("a", { class: "button", href: `${ruleHref(rule.name)}/why` }, "Why?");
+  if (!state.access.change) return [h("span", { class: "quiet" }, "You may only look"), why];
+  return [why, h("a", { class: "button", href: `${ruleHref(rule.name)}/edit` }, "Edit"), h("button", { type: "button", class: "danger", onclick: () => confirmRemoval(state.byName.get(rule.name) || rule) }, "Remove")];
 }
 
 function drawFacts(list, rule) {
