@@ -40,6 +40,9 @@ class FakeSocket:
     def close(self) -> None:
         pass
 
+    def send(self, payload: Any) -> None:
+        self.sendmsg((payload,), [])
+
     def sendmsg(self, payloads: Any, control: Any, flags: int = 0, address: Any = None) -> None:
         if self.refuse:
             raise OSError(self.refuse, os.strerror(self.refuse))

@@ -68,21 +68,26 @@ class Ring:
         if self._pos is None and not (self.woken and self._find_place()):
             self.woken = False
             return 0
-        pos, limit, reach = self.pos, min(limit, self.slots - self.pos), 1
+        pos = self.pos
         if not self._is_ours(pos):
             return 0
-        # A look at a slot is a cache miss, so look ahead in doubling steps, then at each slot up to there.
-        if self.size != SLOT:
-            while reach < limit and self._is_ours(pos + reach):
-                reach += 1
-            with _fence:
-                return reach
+        limit = min(limit, self.slots - pos)
+        if limit == 1 or not self._is_ours(pos + 1):  # the usual case at low rates, where each line is latency
+            count = 1
+        elif self.size == SLOT:
+            count = self._reach(pos, limit)
+        else:
+            count = next((n for n in range(2, limit) if not self._is_ours(pos + n)), limit)
+        with _fence:
+            return count
+
+    def _reach(self, pos: int, limit: int) -> int:
+        """A look at a slot is a cache miss, so look ahead in doubling steps, then at each slot up to there."""
+        reach = 2
         while reach < limit and self._is_ours(pos + min(2 * reach, limit) - 1):
             reach *= 2
         mine = self.u32[pos : pos + min(2 * reach, limit), 0] & TP_STATUS_USER
-        count = len(mine) if mine.all() else int(mine.argmin())
-        with _fence:
-            return count
+        return len(mine) if mine.all() else int(mine.argmin())
 
     def _is_ours(self, slot: int) -> int:
         return self._words[slot * self._stride] & TP_STATUS_USER
@@ -108,8 +113,12 @@ class Ring:
 
     def release(self, count: int) -> None:
         """Give `count` slots back to the kernel. The next syscall orders the store; a late one does no harm."""
-        self.u32[self.pos : self.pos + count, 0] = 0
-        self._pos = (self.pos + count) % self.slots
+        pos = self.pos
+        if count == 1:
+            self._words[pos * self._stride] = 0
+        else:
+            self.u32[pos : pos + count, 0] = 0
+        self._pos = (pos + count) % self.slots
 
     def header(self, slot: int) -> tuple[int, int, int, int, int]:
         """(status, length, captured, link-layer header's length, VLAN TCI) of a slot's frame."""
@@ -182,7 +191,8 @@ class Ingress:
     def woken(self, fd: int) -> None:
         """poll says that the ring with this descriptor has frames."""
         for ring in self.rings:
-            ring.woken |= ring.sock.fileno() == fd
+            if not ring.woken:
+                ring.woken = ring.sock.fileno() == fd
 
     def clear_errors(self) -> None:
         """Read the sockets' errors (the interface went down), or poll would report them for ever."""

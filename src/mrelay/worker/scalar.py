@@ -123,7 +123,10 @@ class ScalarPath:
             return
         for n, sock in enumerate(flow.sockets):
             try:
-                sock.sendmsg((payload,), flow.control)
+                if segment:
+                    sock.sendmsg((payload,), flow.control)
+                else:
+                    sock.send(payload)
             except OSError:
                 self._send_carefully(flow, payload, segment, count, hop, first=n)
                 return
