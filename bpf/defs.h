@@ -33,6 +33,8 @@ static long (*const bpf_clone_redirect)(struct __sk_buff *skb, __u32 ifindex, __
     (void *)BPF_FUNC_clone_redirect;
 static long (*const bpf_skb_load_bytes_relative)(const void *skb, __u32 offset, void *to, __u32 len,
                                                  __u32 start_header) = (void *)BPF_FUNC_skb_load_bytes_relative;
+static long (*const bpf_skb_store_bytes)(struct __sk_buff *skb, __u32 offset, const void *from, __u32 len,
+                                         __u64 flags) = (void *)BPF_FUNC_skb_store_bytes;
 static long (*const bpf_skb_pull_data)(struct __sk_buff *skb, __u32 len) = (void *)BPF_FUNC_skb_pull_data;
 static long (*const bpf_skb_change_tail)(struct __sk_buff *skb, __u32 len, __u64 flags) =
     (void *)BPF_FUNC_skb_change_tail;

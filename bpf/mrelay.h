@@ -9,7 +9,8 @@
 
 #include <linux/types.h>
 
-/* ---- flows4, flows6: hash, one entry a flow that the fast path may carry (W; `tail`, `waited`, `state`, `unheard`: F, R) ---- */
+/* ---- flows4, flows6: hash, one entry a flow that the fast path may carry (W; `tail`, `waited`, `state`, `unheard`:
+ * F, R) ---- */
 
 struct flow4_key {
     __be32 source;
@@ -156,6 +157,7 @@ struct range_key {
 };
 
 #define PATIENCE 16384 /* frames that a flow waits for the slow path to be drained; then it overtakes, once */
+#define VLAN_MARK 0x65726d02 /* 02:6d:72:65, locally administered: before the VLAN of a frame that tc left */
 #define HELD_MARK 0x6d72656c /* SO_MARK of the sockets that hold unicast inputs' ports: no listener's */
 
 #endif

@@ -9,11 +9,13 @@
 #define ANY_FRAGMENT 0x3fff /* of iphdr.frag_off: more fragments, or an offset */
 #define PLAIN4 0x45         /* first byte of an IPv4 header without options */
 
-/* What the rings' filters can't see, `relay` writes into skb->tc_index of frames that it passes on. */
-#define TAGGED 0x6d71   /* it had a VLAN tag, which the kernel takes off in between */
-#define FRAGMENT 0x6d72 /* of an IPv4 datagram; what the kernel puts together keeps the mark */
-#define COUNTED 0x6d73  /* in `left` of its flow */
-#define IS_OURS(mark) (((mark) & 0xfff0) == 0x6d70)
+/* What the rings' filters can't see, `relay` writes into skb->tc_index of frames that it passes on: OURS and bits. */
+#define OURS 0x6d70
+#define FRAGMENT 1 /* of an IPv4 datagram; what the kernel puts together keeps the mark */
+#define COUNTED 2  /* in `left` of its flow */
+#define TAGGED 4   /* it had a VLAN tag, which the kernel takes off in between: `struct told` says which */
+#define FOREIGN 8  /* the same, but no rule names its destination */
+#define IS_OURS(mark) (((mark) & 0xfff0) == OURS)
 
 #define PLAIN6 0x60         /* first byte of an IPv6 header, traffic class left out */
 
@@ -25,6 +27,12 @@ struct head4 {
 struct head6 {
     struct ipv6hdr ip;
     struct udphdr udp;
+};
+
+/* In place of the destination's link-layer address, which says nothing that the slow path wants to know. */
+struct told {
+    __u32 mark; /* VLAN_MARK */
+    __u16 vlan;
 };
 
 /* 0 for a tag that gives a priority only. */

@@ -7,6 +7,7 @@
 #include "maps.h"
 #include "rewrite.h"
 #include "skb.h"
+#include "wanted.h"
 
 #define QUEUED_AT_LIMIT 2 /* NET_XMIT_CN, linux/netdevice.h: queued, with a warning */
 
@@ -35,9 +36,22 @@ ALWAYS_INLINE void set_mark(struct __sk_buff *skb, __u32 mark)
                  : "memory");
 }
 
-ALWAYS_INLINE int pass(struct __sk_buff *skb, __u32 reason, __u32 mark)
+/* Bits for a frame with this tag, which is written into it if the slow path wants it. */
+ALWAYS_INLINE __u32 tell_vlan(struct __sk_buff *skb, __u16 vlan)
 {
-    set_mark(skb, vlan_of(skb) ? TAGGED : mark);
+    struct told told = {.mark = VLAN_MARK, .vlan = vlan};
+    __u32 size = offsetof(struct told, vlan) + sizeof(told.vlan);
+    if (!is_wanted(skb, skb->protocol == htons(ETH_P_IPV6)) || bpf_skb_store_bytes(skb, 0, &told, size, 0))
+        return FOREIGN;
+    return TAGGED;
+}
+
+ALWAYS_INLINE int pass(struct __sk_buff *skb, __u32 reason, __u32 bits)
+{
+    __u16 vlan = vlan_of(skb);
+    if (vlan)
+        bits |= tell_vlan(skb, vlan);
+    set_mark(skb, bits ? OURS | bits : 0);
     __u32 index = bpf_get_smp_processor_id() * PASSED_REASONS + reason;
     __u64 *count = bpf_map_lookup_elem(&passed, &index);
     if (count)

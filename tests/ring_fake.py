@@ -66,9 +66,10 @@ class FakeRing(ingress.Ring):
         segment: int = 0,
         captured: int | None = None,
         link: int = 14,
+        to: bytes = bytes(6),
     ) -> None:
         slot = self._put = getattr(self, "_put", -1) + 1
-        frame = bytes(link) + packet_
+        frame = to[:link] + bytes(max(0, link - len(to))) + packet_
         held = len(frame) if captured is None else captured
         status = packet.TP_STATUS_USER | (packet.TP_STATUS_VLAN_VALID if vlan else 0)
         at = slot * packet.SLOT

@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
+from mrelay.ebpf.layout import VLAN_MARK
 from netns import fast
 from netns.frames import Packet, udp_frame
 from netns.lab import SOURCE, SOURCE_6, Lab, Star, eventually
@@ -208,32 +209,49 @@ def test_a_port_of_a_bridge(lab: Lab) -> None:
         delivers(sender, wire)
 
 
-def test_a_rule_for_tagged_frames(lab: Lab) -> None:
-    """On the parent: the whole interface leaves the fast path, until that rule goes."""
+@pytest.mark.parametrize(
+    ("source", "group", "out"), [(SOURCE, GROUP, OUT), (SOURCE_6, "ff3e::1", "ff3e::2")], ids=["v4", "v6"]
+)
+def test_tagged_frames(lab: Lab, source: str, group: str, out: str) -> None:
+    """Each VLAN's go their way, by the slow path first and then by the kernel; those of a third nowhere."""
     star = lab.star(outputs=2)
-    why = "no fast path at its interface: no Ethernet, in a bridge or bond, or VLANs on top of it"
-    with (
-        Capture(star.sink, "k0") as plain,
-        Capture(star.sink, "k1") as twenty,
-        carrying(star, CONFIG) as (relay, sender),
-    ):
-        relay.add_rule("twenty", f"in0:{GROUP}:5000,vlan=20", f"out1:{OUT}:6000")
-        tagged = [udp_frame(SOURCE, GROUP, 5000, b"%d" % i, vlan=20) for i in range(COUNT)]
-        send_frames(star.source, "s0", tagged)
-        assert [packet.payload for packet in twenty.wait(COUNT)] == [b"%d" % i for i in range(COUNT)]
-        sender.send(GROUP, 5000, [b"untagged"])
-        assert plain.until(b"untagged")[-1].vlan is None
-        listed = {(f["vlan"], f["engine"], f["why"]) for f in relay.flows()}
-        assert listed == {(20, "uring", why), (None, "uring", why)}
-        relay.remove_rule("twenty")
-        eventually(lambda: relayed(relay, sender), "the kernel carries the untagged ones again")
-        delivers(sender, plain)
+    bracketed = f"[{group}]" if ":" in group else group, f"[{out}]" if ":" in out else out
+    config = rule("plain", f"in0:{bracketed[0]}:5000", f"out0:{bracketed[1]}:6000")
+    config += rule("twenty", f"in0:{bracketed[0]}:5000,vlan=20", f"out1:{bracketed[1]}:6000")
+    ways: tuple[tuple[int | None, str], ...] = (None, "k0"), (20, "k1")
+    with Relay(star.relay, config) as relay, Capture(star.sink, "k0") as k0, Capture(star.sink, "k1") as k1:
+        wires = {"k0": k0, "k1": k1}
+        for turn in range(100):
+            told = [b"%d %s" % (turn, wire.encode()) for _, wire in ways]
+            foreign = udp_frame(source, group, 5000, b"foreign", vlan=30)
+            send_frames(star.source, "s0", [foreign])
+            for (vlan, wire), payload in zip(ways, told, strict=True):
+                send_frames(star.source, "s0", [udp_frame(source, group, 5000, payload, vlan=vlan)])
+                arrived = wires[wire].until(payload)
+                assert {packet.payload for packet in arrived} == {payload}
+                assert all(packet.vlan is None and packet.checksum_good for packet in arrived)
+            if {(f["vlan"], f["engine"]) for f in relay.flows()} >= {(None, "ebpf"), (20, "ebpf")} and turn > 3:
+                break
+        stats = relay.stats()
+        assert {(f["vlan"], f["engine"], f["why"]) for f in relay.flows()} == {
+            (None, "ebpf", ""),
+            (20, "ebpf", ""),
+        }
+        assert stats["matched"] == 2 * (turn + 1)
+        assert stats["drops"]["no_rule"] == turn + 1, "VLAN 30's"
 
 
-def relayed(relay: Relay, sender: Sender) -> bool:
-    """Whether the untagged flow is the kernel's."""
-    sender.send(GROUP, 5000, [b"warm"])
-    return ("ebpf", None) in {(f["engine"], f["vlan"]) for f in relay.flows()}
+def test_nobody_else_says_which_vlan(lab: Lab) -> None:
+    """An untagged frame that is addressed as only the fast path does it is nobody's."""
+    star = lab.star()
+    config = rule("twenty", f"in0:{GROUP}:5000,vlan=20", f"out0:{OUT}:6000")
+    spoofed = VLAN_MARK.to_bytes(4, "little") + (20).to_bytes(2, "little")
+    with Relay(star.relay, config) as relay, Capture(star.sink, "k0") as wire:
+        frame = udp_frame(SOURCE, GROUP, 5000, b"spoofed")
+        send_frames(star.source, "s0", [spoofed + frame[6:]])
+        send_frames(star.source, "s0", [udp_frame(SOURCE, GROUP, 5000, b"true", vlan=20)])
+        assert [packet.payload for packet in wire.until(b"true")] == [b"true"]
+        assert relay.stats()["received"] == 1
 
 
 # ---- by the way there ----

@@ -1,11 +1,13 @@
 """The two paths of a worker, side by side: the same datagrams out, in the same order, with the same counts."""
 
+import dataclasses
 import errno
 import ipaddress
 import random
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mrelay.counters import DROP_REASONS, NO_OUTPUT, NO_RULE, TTL_EXPIRED, TX_ERROR, Counters
+from mrelay.ebpf.layout import VLAN_MARK
 from mrelay.messages import PutRule
 from mrelay.worker.flows import FlowTable
 from ring_fake import new_ring, udp_v4, udp_v6
@@ -113,6 +116,25 @@ def test_a_limited_rule_takes_nothing_from_another(monkeypatch: pytest.MonkeyPat
         assert one.counters.links[0, [0, 1, 4]].tolist() == [150, 250, 250]
         assert one.counters.rules[0, :2].tolist() == [150, 250]
         assert (one.counters.matched, int(one.counters.drops.sum())) == (250, 0)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("vector", [False, True])
+@pytest.mark.parametrize(("group", "packet"), [("239.1.1.1", udp_v4), ("ff3e::1", udp_v6)], ids=["v4", "v6"])
+def test_the_vlan_is_where_the_fast_path_wrote_it(
+    monkeypatch: pytest.MonkeyPatch, group: str, packet: Callable[[bytes], bytes], vector: bool, behind: bool
+) -> None:
+    """But where there is none, an address on the wire says nothing."""
+    rules = [rule(0, group, [0]), dataclasses.replace(rule(1, group, [1]), vlan=20)]
+    told = VLAN_MARK.to_bytes(4, sys.byteorder) + (20).to_bytes(2, sys.byteorder)
+    with rig(monkeypatch, rules, 2, vector=vector) as one:
+        if behind:
+            one.ring.told = VLAN_MARK
+        one.ring.put(packet(b"told"), to=told)
+        one.ring.put(packet(b"plain"), to=bytes.fromhex("01005e010101"))
+        one.forward(2)
+        assert one.sent[1] == ([b"told"] if behind else [])
+        assert one.sent[0] == ([b"plain"] if behind else [b"told", b"plain"])
 
 
 @pytest.mark.parametrize("vector", [False, True])

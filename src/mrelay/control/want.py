@@ -140,47 +140,29 @@ def plan_rules(
     known: Mapping[str, RulePlan] = MappingProxyType({}),
 ) -> list[RulePlan]:
     """A plan for each rule. `known` are plans made since the links last changed, to be used again."""
-    # An interface's rings have one place: before the fast path if a rule wants tags, which nobody sees behind it.
-    tagged = {rule.from_.interface for rule in rules if rule.from_.vlan}
     return [
-        _placed(old, tagged, links, settings)
+        old
         if (old := known.get(rule.name)) and old.rule is rule
-        else _plan_rule(rule, slots, links, ids, settings, tagged)
+        else _plan_rule(rule, slots, links, ids, settings)
         for rule in rules
     ]
 
 
-def _placed(plan: RulePlan, tagged: AbstractSet[str], links: LinkTable, settings: Settings) -> RulePlan:
-    """The plan with its ring in the place that it has now."""
-    if plan.ingress is None:
-        return plan
-    link = links.by_name[plan.rule.from_.interface]
-    family, xdp = _place(plan.rule.from_, link, tagged, settings)
-    beside = plan.beside - {AttachXdp(link.ifindex)} | xdp
-    if plan.ingress.family == family and plan.beside == beside:
-        return plan
-    return replace(plan, ingress=replace(plan.ingress, family=family), beside=beside)
-
-
-def _place(
-    origin: Input, link: Link, tagged: AbstractSet[str], settings: Settings
-) -> tuple[int, AbstractSet[Resource]]:
+def _place(origin: Input, link: Link, settings: Settings) -> tuple[int, AbstractSet[Resource]]:
     """Behind the fast path, which takes a ring for each family, or before all (0); and XDP, if any."""
-    if not settings.fast or link.name in tagged or not carries(link):
+    if not settings.fast or not carries(link):
         return 0, frozenset()
     return origin.address.version, {AttachXdp(link.ifindex)} if settings.wants_xdp(link.name) else frozenset()
 
 
-def _plan_rule(
-    rule: Rule, slots: Slots, links: LinkTable, ids: EgressIds, settings: Settings, tagged: AbstractSet[str]
-) -> RulePlan:
+def _plan_rule(rule: Rule, slots: Slots, links: LinkTable, ids: EgressIds, settings: Settings) -> RulePlan:
     outputs = tuple(_plan_output(rule, output, slots, links, ids) for output in rule.to)
     link = links.by_name.get(rule.from_.interface)
     state = _link_state(rule.from_.interface, link)
     if link is None:
         return RulePlan(rule, state, outputs)
     joins, warning = _joins(rule.from_, link.ifindex)
-    family, xdp = _place(rule.from_, link, tagged, settings)
+    family, xdp = _place(rule.from_, link, settings)
     return RulePlan(
         rule,
         state,

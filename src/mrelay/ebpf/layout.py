@@ -23,6 +23,7 @@ CARRIED: Final = PASSED_REASONS  # flow.state: this path sent its last frame on,
 CARRIED_XDP: Final = CARRIED + 1  # the same by XDP
 WHY_NOT_XDP: Final = ("saw_none", "order", "outputs", "hop", "partial", "no_room", "rate")
 HELD_MARK: Final = 0x6D72656C
+VLAN_MARK: Final = 0x65726D02
 
 Fields = list[tuple[str, str] | tuple[str, str, int]]
 FLOW4_KEY: Final[Fields] = [

@@ -85,6 +85,10 @@ class Batch:
     def _interface_word(self) -> U64:
         tagged = self.status & TP_STATUS_VLAN_VALID != 0
         vlan = np.where(tagged, self._half[:, 12] & 0xFFF, 0).astype(np.uint64)
+        if self._ring.told >= 0:
+            at = (L3_OFFSET - self._link) // 2
+            mark = self._half[:, at] | self._half[:, at + 1].astype(np.uint32) << 16
+            vlan = np.where(mark == self._ring.told, self._half[:, at + 2], vlan).astype(np.uint64)
         return vlan << np.uint64(16) | np.uint64(self._ring.ifindex << 40)
 
     def _read_v6(self, rows: Rows) -> Mask:

@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from mrelay.ebpf.layout import VLAN_MARK
 from mrelay.kernel.cbpf import SKF_NET_OFF, attach_group_filter, no_fragments, only_longer
 from mrelay.kernel.packet import (
     L3_OFFSET,
@@ -35,17 +36,23 @@ _fence = threading.Lock()  # taking a lock orders our reads of slots after our r
 Ranges = list[tuple[int, int]]
 U64 = NDArray[np.uint64]
 _NEVER: Final = (1 << 64) - 1
+_NOTHING: Final = -1  # no 32 bits
 
 
 class Ring:
     """One ring, slot by slot.
 
     `u16`, `u32`, `u64`: its memory as [slots, …] arrays; `view` as flat bytes; `pos` the next slot to read;
-    `address` where slot 0 lies; `size` a slot's bytes.
+    `address` where slot 0 lies; `size` a slot's bytes; `told`: what a frame's destination begins with when the
+    fast path has written its VLAN there (bpf/parse.h, struct told).
     """
 
-    def __init__(self, sock: socket.socket, ifindex: int, slots: int, size: int, *, used: bool) -> None:
+    def __init__(
+        self, sock: socket.socket, ifindex: int, slots: int, size: int, *, used: bool, behind: bool = False
+    ) -> None:
+        """`used`: a worker before us read from it. `behind`: it gets what the fast path left."""
         self.sock, self.ifindex, self.slots, self.size = sock, ifindex, slots, size
+        self.told = VLAN_MARK if behind else _NOTHING
         memory = map_ring(sock.fileno(), slots, size)
         self.view = memoryview(memory)
         flat = np.frombuffer(memory, dtype=np.uint8)
@@ -148,8 +155,9 @@ class Ingress:
 
     def __init__(self, socks: list[socket.socket], what: OpenIngress, *, used: bool) -> None:
         self.what, self.ifindex = what, what.ifindex
-        self.short = Ring(socks[0], what.ifindex, what.slots, SLOT, used=used)
-        self.long = Ring(socks[1], what.ifindex, LONG_SLOTS, LONG_SLOT, used=used)
+        behind = what.family != 0
+        self.short = Ring(socks[0], what.ifindex, what.slots, SLOT, used=used, behind=behind)
+        self.long = Ring(socks[1], what.ifindex, LONG_SLOTS, LONG_SLOT, used=used, behind=behind)
         self.rings = (self.short, self.long)
         self._ranges: tuple[Ranges, Ranges] = [], []
         # An absolute offset also reads headers that are not in the buffer's linear part; SKF_NET_OFF does not.
@@ -238,10 +246,11 @@ def _extend_long(runs: list[tuple[bool, int]]) -> list[tuple[bool, int]]:
 def _head_at(mac: int) -> tuple[int, struct.Struct]:
     """For frames whose link-layer header is at `mac`, what to unpack from a slot's start.
 
-    status, length, captured, mac, VLAN TCI (struct tpacket2_hdr), gso_type, gso_size (virtio_net_hdr).
+    status, length, captured, mac, VLAN TCI (struct tpacket2_hdr), gso_type, gso_size (virtio_net_hdr), then
+    struct told.
     """
     offload = mac - VIRTIO_NET_HDR.size
-    return mac, struct.Struct(f"=IIIH10xH{offload + 1 - 26}xB2xH")
+    return mac, struct.Struct(f"=IIIH10xH{offload + 1 - 26}xB2xH4xIH")
 
 
 def _hardware_type(sock: socket.socket) -> int:

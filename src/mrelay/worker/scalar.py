@@ -64,10 +64,10 @@ class ScalarPath:
 
     def _read(self, ring: Ring, count: int) -> Iterator[tuple[Key, int, int, int, int]]:
         """(flow key, payload's start, its length, TTL << 8 | TOS, segment size or 0) of each good frame."""
-        view, size, ifindex, head = ring.view, ring.size, ring.ifindex, ring.head
+        view, size, ifindex, head, told = ring.view, ring.size, ring.ifindex, ring.head, ring.told
         for at in range(ring.pos * size, (ring.pos + count) * size, size):
-            status, length, captured, mac, tci, kind, segment = head.unpack_from(view, at)
-            vlan = tci & 0xFFF if status & TP_STATUS_VLAN_VALID else 0
+            status, length, captured, mac, tci, kind, segment, mark, there = head.unpack_from(view, at)
+            vlan = tci & 0xFFF if status & TP_STATUS_VLAN_VALID else there if mark == told else 0
             if kind != VIRTIO_NET_HDR_GSO_UDP_L4:
                 segment = 0
             version, tos, total, _, fragment, ttl, protocol, _, source, group, _, port, udp, _ = (
