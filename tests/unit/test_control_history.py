@@ -41,7 +41,9 @@ class Scene:
 
     def have(self, *names: str) -> None:
         rules = [rule for rule in RULES if rule.name in names]
-        self.book.slots = self.book.slots.updated(rules, lambda _: (0, 0), lambda _: (0, 0, 0))
+        self.book.slots = self.book.slots.updated(
+            rules, lambda slots: [(0, 0)] * len(slots), lambda slots: [(0, 0, 0)] * len(slots)
+        )
 
     def point(self) -> None:
         """As many samples as make one."""
