@@ -152,6 +152,10 @@ class Lab:
                 *(f"echo {1 << cores.sink:x} >/sys/class/net/{d}/queues/rx-0/rps_cpus" for d in self.sinks),
             )
 
+    def steer(self, core: int) -> None:
+        """Frames that a socket sent are handled on the relay's core, too (RPS): they come without NAPI."""
+        _shell(self.relay, f"echo {1 << core:x} >/sys/class/net/r0/queues/rx-0/rps_cpus")
+
     def _thread(self, namespace: str, names: list[str], core: int) -> None:
         before = _napi_threads()
         # /sys shows the namespace that mounted it, so this needs `ip netns exec`.

@@ -60,7 +60,8 @@ def _part(name: str, results: Results) -> str:
         )
     if section not in results.sections():
         return f"Not measured on this machine: {_why_not(name)}."
-    return "\n\n".join(f"{table.title}:\n\n{table.markdown()}" for table in tables.of(results, section))
+    picture = "![By payload](performance/payload.svg)\n\n" if name == "payload" else ""
+    return picture + "\n\n".join(f"{table.title}:\n\n{table.markdown()}" for table in tables.of(results, section))
 
 
 def _why_not(name: str) -> str:
