@@ -62,8 +62,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Generic, ParamSpec, TypeVar
 from unittest import mock
 
-from mrelay.messages import Channel, Done, Stop, Sync, channel_pair
+from mrelay.messages import Done, Stop, Sync
 from mrelay.supervisor.children import Child, end_all
+from mrelay.wire import Channel, channel_pair
 
 if TYPE_CHECKING:
     from experiment import Experiment  # at run time only in main: the small processes start without it

@@ -25,8 +25,6 @@ from mrelay.child import settle
 from mrelay.kernel.caps import set_parent_death_signal
 from mrelay.kernel.packet import ETH_P_ALL
 from mrelay.messages import (
-    MAX_MESSAGE,
-    Channel,
     Commit,
     Committed,
     DropRule,
@@ -38,11 +36,10 @@ from mrelay.messages import (
     Stop,
     Sync,
     Synced,
-    decode,
-    encode,
 )
 from mrelay.pulse import INTERVAL, Pulse
 from mrelay.supervisor.children import Child, Process
+from mrelay.wire import MAX_MESSAGE, Channel, decode, encode
 
 NOBODY: Final = 65534
 IN_TIME: Final = 10.0  # seconds; what takes longer on any machine is a failure of the experiment itself

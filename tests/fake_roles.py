@@ -16,8 +16,6 @@ from mrelay.control.workers import Workers
 from mrelay.counters import MATCHED, RECEIVED, Counters
 from mrelay.counters_size import counters_size
 from mrelay.messages import (
-    BadMessage,
-    Channel,
     Commit,
     Committed,
     Done,
@@ -40,9 +38,9 @@ from mrelay.messages import (
     Sync,
     Synced,
     WorkerUp,
-    channel_pair,
 )
 from mrelay.model.ruleset import rules_digest
+from mrelay.wire import BadMessage, Channel, channel_pair
 
 FLOW_LIMIT = 64
 Said = tuple[str, object]

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Self
 
-from mrelay.messages import _unpack_fds
+from mrelay.wire import _unpack_fds
 
 DEADLINE = 20.0  # seconds, on a slow machine
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Final, NamedTuple, Self
 
 from experiment import Experiment
-from mrelay.messages import MAX_FDS, BadMessage, Channel, Stop, channel_pair
+from mrelay.messages import Stop
+from mrelay.wire import MAX_FDS, BadMessage, Channel, channel_pair
 
 PASSED: Final = 3
 

@@ -19,7 +19,8 @@ from privdrop_worker import MARKER
 
 from mrelay.demo.topology import End, Namespace, connect
 from mrelay.kernel import packet
-from mrelay.messages import Channel, Granted, Message, OpenIngress, channel_pair
+from mrelay.messages import Granted, Message, OpenIngress
+from mrelay.wire import Channel, channel_pair
 
 WORKER: Final = Path(__file__).resolve().with_name("privdrop_worker.py")
 SLOTS: Final = 256

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from mrelay.kernel import caps, cbpf, packet, seccomp
-from mrelay.messages import Channel, Granted, OpenIngress
+from mrelay.messages import Granted, OpenIngress
+from mrelay.wire import Channel
 
 NOBODY: Final = 65534
 WORDS: Final = ("status", "receive", "seize", "setuid", "confine", "misuse", "look")

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from mrelay.messages import Sync, encode
+from mrelay.messages import Sync
+from mrelay.wire import encode
 from processes import BEATS, LOOPS, Trial, running, shared_words
 
 INTERVAL: Final = 0.05  # seconds between checks, and between beats

@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple, Protocol
 
-from mrelay.messages import Reload, Sync, encode
+from mrelay.messages import Reload, Sync
 from mrelay.pulse import SIZE
 from mrelay.supervisor.children import shared_memory
 from mrelay.supervisor.watch import CHECK, SILENCE, Watch
+from mrelay.wire import encode
 from processes import BEATS, LOOPS, Trial, cpu_seconds, give_memory, running
 
 _BEAT: Final = 0.005  # seconds between beats while their cost is measured

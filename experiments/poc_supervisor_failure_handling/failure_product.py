@@ -18,22 +18,12 @@ from pyroute2 import IPRoute
 
 from mrelay.counters import Counters
 from mrelay.demo.topology import Namespace
-from mrelay.messages import (
-    Channel,
-    Commit,
-    Granted,
-    Message,
-    OpenIngress,
-    PutRule,
-    Stop,
-    Sync,
-    WorkerSetup,
-    channel_pair,
-)
+from mrelay.messages import Commit, Granted, Message, OpenIngress, PutRule, Stop, Sync, WorkerSetup
 from mrelay.pulse import INTERVAL, SIZE
 from mrelay.supervisor import backoff
 from mrelay.supervisor.children import Child, end_all, new_counters
 from mrelay.supervisor.resources import Resources
+from mrelay.wire import Channel, channel_pair
 from processes import GROUPS, IN_TIME, NOBODY, Trial, cpu_seconds, readable, rule, state_letter
 
 _SAMPLE: Final = 0.001  # seconds between two looks at a pulse

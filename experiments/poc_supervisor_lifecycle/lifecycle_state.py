@@ -9,18 +9,8 @@ import socket
 import time
 from typing import Final, NamedTuple
 
-from mrelay.messages import (
-    Channel,
-    Commit,
-    Committed,
-    DropRule,
-    Granted,
-    Message,
-    OpenEgress,
-    PutRule,
-    decode,
-    encode,
-)
+from mrelay.messages import Commit, Committed, DropRule, Granted, Message, OpenEgress, PutRule
+from mrelay.wire import Channel, decode, encode
 from processes import Trial, cookie, digest, rule, running
 
 _OUTPUT: Final = 3
@@ -134,7 +124,7 @@ def time_hand_over(rules: int) -> float:
 
 
 def room(*, forced: bool) -> int:
-    """How many rules a channel takes before its reader has read one; `forced` as messages.Channel does it."""
+    """How many rules a channel takes before its reader has read one; `forced` as wire.Channel does it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         if forced:

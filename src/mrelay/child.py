@@ -15,8 +15,8 @@ from typing import Final
 from mrelay import __version__, logs
 from mrelay.kernel import landlock, seccomp
 from mrelay.kernel.caps import drop_privileges, set_parent_death_signal
-from mrelay.messages import Channel
 from mrelay.pulse import Pulse
+from mrelay.wire import Channel
 
 EX_PROTOCOL: Final = 76  # sysexits.h: this program is not of the running relay's version
 

@@ -5,7 +5,8 @@ import os
 import socket
 
 from fuzz.data import Data
-from mrelay.messages import BadMessage, Channel, Stop, Sync, channel_pair, encode
+from mrelay.messages import Stop, Sync
+from mrelay.wire import BadMessage, Channel, channel_pair, encode
 
 WHOLE = [encode(Sync(1)), encode(Stop())]
 NULL = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)

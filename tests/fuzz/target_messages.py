@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 from mrelay import messages
-from mrelay.messages import BadMessage, decode, encode
+from mrelay.wire import BadMessage, decode, encode
 
 
 def check(data: bytes) -> None:

@@ -25,7 +25,6 @@ from mrelay.kernel import landlock, seccomp
 from mrelay.messages import (
     AT_ONCE,
     AttachXdp,
-    Channel,
     CloseTap,
     Done,
     Failed,
@@ -49,9 +48,9 @@ from mrelay.messages import (
     StartWorkers,
     TapFilter,
     Tapped,
-    encode,
     parts,
 )
+from mrelay.wire import Channel, encode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from netns import attempts

@@ -9,7 +9,8 @@ import pytest
 from fake_roles import FakeWorker, run, until
 from mrelay.control import workers as module
 from mrelay.control.workers import Workers
-from mrelay.messages import BadMessage, PutRule, RuleOutput, Synced, WorkerDown
+from mrelay.messages import PutRule, RuleOutput, Synced, WorkerDown
+from mrelay.wire import BadMessage
 
 OUTPUT = RuleOutput(0, 0, 2, "239.2.2.2", 6000, 0, -1, False)
 RULES = {

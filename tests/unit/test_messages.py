@@ -8,8 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mrelay.messages import (
-    BadMessage,
-    Channel,
     Grant,
     JoinGroup,
     LogLevel,
@@ -23,10 +21,8 @@ from mrelay.messages import (
     Stop,
     Sync,
     WorkerUp,
-    channel_pair,
-    decode,
-    encode,
 )
+from mrelay.wire import BadMessage, Channel, channel_pair, decode, encode
 
 EXAMPLES = [
     Grant(1, (JoinGroup(3, "239.1.1.1", None), OpenEgress(4, 3, 6, "ff3e::1", 5000, "keep", 0))),

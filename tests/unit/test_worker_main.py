@@ -7,23 +7,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from mrelay.messages import (
-    BadMessage,
-    Channel,
-    Commit,
-    Committed,
-    DropRule,
-    Message,
-    PutRule,
-    RuleOutput,
-    Sync,
-    Synced,
-    WorkerSetup,
-    channel_pair,
-)
+from mrelay.messages import Commit, Committed, DropRule, Message, PutRule, RuleOutput, Sync, Synced, WorkerSetup
 from mrelay.model.ruleset import rules_digest
 from mrelay.pulse import Pulse
 from mrelay.supervisor.children import new_counters, shared_memory
+from mrelay.wire import BadMessage, Channel, channel_pair
 from mrelay.worker.main import Worker
 from mrelay.worker.messages import MessageTable, MmsgSender
 

@@ -1,6 +1,6 @@
 """A message channel in the event loop: sends are queued, what arrives is called back.
 
-Owns the descriptor of one messages.Channel. Used for the supervisor and for each worker. Nothing here
+Owns the descriptor of one wire.Channel. Used for the supervisor and for each worker. Nothing here
 blocks: what the kernel's buffer has no room for waits in a queue, which is bounded by the rules there are.
 """
 
@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Callable
 from socket import socket
 
-from mrelay.messages import BadMessage, Channel, Message
+from mrelay.messages import Message
+from mrelay.wire import BadMessage, Channel
 
 OnMessage = Callable[[Message, list[int]], None]
 OnEnd = Callable[[BadMessage | None], None]
@@ -19,7 +20,7 @@ class AsyncChannel:
     """`on_message` gets each message with its descriptors, and may raise BadMessage to refuse it.
 
     `on_end` is called once: with None when the peer is gone, with the BadMessage when it sent one.
-    `takes_fds` as in messages.Channel.
+    `takes_fds` as in wire.Channel.
     """
 
     def __init__(self, sock: socket, on_message: OnMessage, on_end: OnEnd, *, takes_fds: bool = True) -> None:

@@ -44,22 +44,12 @@ from mrelay.control.why import Sources, Why
 from mrelay.control.workers import Workers
 from mrelay.ebpf.carry import CHOSEN
 from mrelay.ebpf.maps import Maps, sizes_of
-from mrelay.messages import (
-    BadMessage,
-    Held,
-    OpenEgress,
-    Reload,
-    Resource,
-    Setup,
-    Stop,
-    WorkerDown,
-    WorkerUp,
-    XdpTargets,
-)
 from mrelay.messages import FastPath as FastPathMessage
+from mrelay.messages import Held, OpenEgress, Reload, Resource, Setup, Stop, WorkerDown, WorkerUp, XdpTargets
 from mrelay.model.config import Config, RelaySettings, load_config
 from mrelay.model.issue import ConfigError
 from mrelay.pulse import INTERVAL, Pulse
+from mrelay.wire import BadMessage
 
 log = logging.getLogger(__name__)
 

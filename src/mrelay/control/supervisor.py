@@ -12,7 +12,6 @@ from socket import socket
 
 from mrelay.control.channel import AsyncChannel
 from mrelay.messages import (
-    BadMessage,
     CloseTap,
     Done,
     Failed,
@@ -44,6 +43,7 @@ from mrelay.messages import (
     XdpTargets,
     parts,
 )
+from mrelay.wire import BadMessage
 
 EVENTS = (Setup, Held, WorkerUp, WorkerDown, FastPath, XdpTargets, Reload, Stop)
 Event = Setup | Held | WorkerUp | WorkerDown | FastPath | XdpTargets | Reload | Stop

@@ -21,19 +21,9 @@ import numpy as np
 from mrelay.control.channel import AsyncChannel
 from mrelay.control.slots import Counts
 from mrelay.counters import Counters
-from mrelay.messages import (
-    BadMessage,
-    Commit,
-    Committed,
-    DropRule,
-    Message,
-    PutRule,
-    Sync,
-    Synced,
-    WorkerDown,
-    WorkerUp,
-)
+from mrelay.messages import Commit, Committed, DropRule, Message, PutRule, Sync, Synced, WorkerDown, WorkerUp
 from mrelay.model.ruleset import rules_digest
+from mrelay.wire import BadMessage
 
 log = logging.getLogger(__name__)
 

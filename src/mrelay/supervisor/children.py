@@ -17,10 +17,11 @@ from typing import Final
 from mrelay import __version__, logs
 from mrelay.child import EX_PROTOCOL
 from mrelay.counters_size import counters_size
-from mrelay.messages import Channel, Message, channel_pair
+from mrelay.messages import Message
 from mrelay.supervisor.backoff import CAP, BackOff
 from mrelay.supervisor.host import User
 from mrelay.supervisor.watch import LONG_WORK, SILENCE, Watch
+from mrelay.wire import Channel, channel_pair
 
 _GRACE: Final = 10.0  # seconds from closing its channel to its end, on a slow machine under load
 _SETTLED: Final = 10.0  # seconds of life after which its troubles are over

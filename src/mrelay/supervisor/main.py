@@ -28,7 +28,6 @@ from mrelay.kernel.netdev import Watch
 from mrelay.messages import (
     AT_ONCE,
     AttachXdp,
-    BadMessage,
     CloseTap,
     Done,
     Failed,
@@ -60,7 +59,6 @@ from mrelay.messages import (
     WorkerSetup,
     WorkerUp,
     XdpTargets,
-    channel_pair,
     parts,
 )
 from mrelay.supervisor.backoff import CAP
@@ -71,6 +69,7 @@ from mrelay.supervisor.service import Service
 from mrelay.supervisor.taps import Taps
 from mrelay.supervisor.tcp import TcpListener
 from mrelay.supervisor.watch import CHECK
+from mrelay.wire import BadMessage, channel_pair
 
 log = logging.getLogger("mrelay.supervisor")
 

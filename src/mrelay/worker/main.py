@@ -23,8 +23,6 @@ from mrelay.counters import RECEIVED, RING_FULL, Counters
 from mrelay.ebpf.maps import Maps, sizes_of
 from mrelay.kernel.packet import LONG_SLOTS
 from mrelay.messages import (
-    BadMessage,
-    Channel,
     Commit,
     Committed,
     DropRule,
@@ -43,6 +41,7 @@ from mrelay.messages import (
 )
 from mrelay.model.ruleset import RuleSet
 from mrelay.pulse import INTERVAL, Pulse
+from mrelay.wire import BadMessage, Channel
 from mrelay.worker import fastpath
 from mrelay.worker.egress import Egress
 from mrelay.worker.failures import Failures
