@@ -3,6 +3,7 @@
 Black box: only the command line, the signals and the HTTP API are used.
 """
 
+import contextlib
 import http.client
 import json
 import os
@@ -197,6 +198,16 @@ class Relay:
         return [pid for pid in self.family() if f"mrelay.{module}" in _command_line(pid)]
 
     # ---- API ---------------------------------------------------------------------------------------
+
+    def taps(self) -> int:
+        """Packet sockets that control has: it listens to memberships, soon after the start."""
+        (pid,) = self.role("control")
+        inodes = {line.split()[-1] for line in Path(f"/proc/{pid}/net/packet").read_text().splitlines()}
+        links = []
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                links.append(str(fd.readlink()))
+        return sum(link.removeprefix("socket:[").removesuffix("]") in inodes for link in links)
 
     def request(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
         """Status and decoded body of one API request."""

@@ -216,6 +216,7 @@ def test_fifty_kills_at_sixty_thousand_a_second(lab: Lab, figures: Callable[[str
         assert len(struck) == len(spared) == 2, "32 flows, two workers"
         with Applications(star.sink, [*struck, *spared]) as applications:
             eventually(lambda: len(relay.role("worker")) == 3, "two workers and a spare one")
+            eventually(lambda: relay.taps() == 2, "control listens to memberships, in two families")
             before, memberships, size = family(relay), joined(star), memory(relay)
             load = Load(sender, [*struck, *spared])
             chaos = Chaos(relay, random.Random(seed))

@@ -104,8 +104,7 @@ def test_health_is_exact(lab: Lab, subtests: pytest.Subtests) -> None:
                 assert {key: found[key] for key in counts} == {key: each * count for key, count in counts.items()}
                 assert (found["seen"], found["missed"], found["excused"], found["bad"]) == ("all", 0, 0, 0)
         with subtests.test("alarm"):
-            events = [one for one in relay.get("/v1/events")["events"] if one["type"] == "alarm"]
-            alarm = next(one for one in events if one["rule"] == "rtp" and one["name"] == "loss")
+            (alarm,) = eventually(partial(alarms, relay, "rtp", "loss"), "the alarm is raised")
             assert (alarm["raised"], alarm["threshold"], alarm["flow"]["group"]) == (True, 0.01, "239.1.1.1")
             assert alarm["value"] == pytest.approx(0.05, abs=0.001)
         with subtests.test("shown"):
@@ -113,6 +112,12 @@ def test_health_is_exact(lab: Lab, subtests: pytest.Subtests) -> None:
             assert flows["239.1.1.1"].startswith("rtp: ")
             text = star.relay.run(sys.executable, "-m", "mrelay", "health", "rtp", "--socket", str(relay.socket))
             assert "239.1.1.1" in text and "239.1.1.2" not in text and " 100 " in text
+
+
+def alarms(relay: Relay, rule_: str, name: str) -> list[dict[str, Any]]:
+    """Of this rule and name, as far as they were raised."""
+    events = [one for one in relay.get("/v1/events")["events"] if one["type"] == "alarm"]
+    return [one for one in events if (one["rule"], one["name"]) == (rule_, name)]
 
 
 def came(units: int, one: Stream) -> bool:

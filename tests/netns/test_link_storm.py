@@ -130,6 +130,7 @@ def test_two_hundred_blows(lab: Lab, figures: Callable[[str], None]) -> None:
         with Sender(star.source, source, interface="s1") as struck:
             forwards(struck, star.sink, b"before")
         eventually(lambda: len(relay.role("worker")) == 2, "a worker and a spare one")
+        eventually(lambda: relay.taps() == 8, "control listens to memberships: four interfaces, two families")
         before = descriptors(relay)
         calm = Calm(sender)
         calm.start()

@@ -74,15 +74,10 @@ def anything_to(origin: Input) -> Aim:
     return Aim(origin.address, 0, 65535)
 
 
-def dropped(rules: RuleSet, ifindex: int, aim: Aim, *, tags: bool) -> Judge:
-    """Takes those of the frames meant that the slow path would drop; the comment says why.
-
-    `tags`: it gets tagged frames at all; behind the fast path the kernel drops them before.
-    """
+def dropped(rules: RuleSet, ifindex: int, aim: Aim) -> Judge:
+    """Takes those of the frames meant that the slow path would drop; the comment says why."""
 
     def judge(frame: Frame) -> str | None:
-        if frame.vlan is not None and not tags:
-            return None
         packet = walk(frame.data, frame.network, frame.vlan)
         if packet is not None:
             found = datagram(frame.data, packet)

@@ -74,8 +74,7 @@ class Observe:
         else:
             link = self._link("what", origin.interface)
             aim = aim_in(origin) if exact else anything_to(origin)
-            tags = not self._stats.at_ingress(link.ifindex)
-            judge = dropped(self._stats.names().rules, link.ifindex, aim, tags=tags)
+            judge = dropped(self._stats.names().rules, link.ifindex, aim)
             sides = [self._side(origin, judge)]
         return capture(self._supervisor, sides, bounds)
 
