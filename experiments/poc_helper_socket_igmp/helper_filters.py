@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Final
 
-from helper_lab import LIMIT, Lab, Link, Sender
+from helper_lab import Lab, Link, Sender
 from helper_wire import MARKERS, Ingress, mac, users
 
 from experiment import Experiment
@@ -56,6 +56,9 @@ def delivered(ingress: Ingress, sender: Sender, group: str, host: int = 1) -> Co
 def count(ingress: Ingress, sender: Sender, group: str, host: int = 1) -> int:
     """How many of `COUNT` datagrams to `group` arrive."""
     return sum(n for (to, _), n in delivered(ingress, sender, group, host).items() if to == group)
+
+
+_QUERIER = 20.0  # seconds: IPv6 waits for the bridge's address to be known as nobody else's
 
 
 @dataclass
@@ -107,7 +110,7 @@ class Matrix:
     def _await_querier(self) -> None:
         """Until the bridge has a querier in both families: before, it floods like a switch without snooping."""
         link = self.lab.snooping
-        deadline = time.monotonic() + LIMIT
+        deadline = time.monotonic() + _QUERIER
         with Sender(self.lab, link) as sender, Ingress(link.receiver) as ingress:
             while any(count(ingress, sender, ANY[version][0][0]) for version in (4, 6)):
                 if time.monotonic() > deadline:
