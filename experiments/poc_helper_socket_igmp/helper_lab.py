@@ -120,6 +120,8 @@ class Bridge:
             self._index = socket.if_nametoindex("br0")
             # A querier's bridge floods until the response interval is over: 8 ms, not the default 10 s.
             self._set(ip, br_mcast_query_response_intvl=1)
+            # The first query may come before the bridge's IPv6 address is usable; the next one not 31 s later.
+            self._set(ip, br_mcast_startup_query_intvl=100, br_mcast_startup_query_cnt=20)
             self._set(ip, br_mcast_igmp_version=3, br_mcast_mld_version=2, br_mcast_querier=1)
             for port in ports:
                 ip.link("set", index=socket.if_nametoindex(port), master=self._index)
