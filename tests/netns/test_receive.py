@@ -113,10 +113,12 @@ def test_ip_options_are_read_over(lab: Lab) -> None:
         relay.await_received(1)
 
 
-def test_fragments_of_a_datagram_that_would_fit_a_short_slot(lab: Lab) -> None:
+@pytest.mark.parametrize("vlan", [None, 20])
+def test_fragments_of_a_datagram_that_would_fit_a_short_slot(lab: Lab, vlan: int | None) -> None:
     """A sender behind a small MTU fragments what would fit one frame here."""
     star = lab.star()
-    config = rule("a", f"in0:{GROUP}:5000", "out0:239.2.2.2:6000")
+    tag = f",vlan={vlan}" if vlan else ""
+    config = rule("a", f"in0:{GROUP}:5000{tag}", "out0:239.2.2.2:6000")
     datagram = udp(SOURCE, GROUP, 4000, 5000, b"put together" * 80)
     halves = [
         ipv4(SOURCE, GROUP, piece, ident=99, fragment=flags)
@@ -124,7 +126,7 @@ def test_fragments_of_a_datagram_that_would_fit_a_short_slot(lab: Lab) -> None:
     ]
     with Capture(star.sink, "k0") as wire, Relay(star.relay, config) as relay:
         for _ in range(2):  # the same again: nothing of the first is left over
-            send_frames(star.source, "s0", [ethernet(multicast_mac(GROUP), half) for half in halves])
+            send_frames(star.source, "s0", [ethernet(multicast_mac(GROUP), half, vlan=vlan) for half in halves])
             assert wire.wait(1)[0].payload == b"put together" * 80
         relay.await_received(2)
         assert not wire.arrived()
