@@ -54,6 +54,15 @@ def test_a_bucket_fills_again(path: FastPath) -> None:
     assert path.counted()[0] == 2
 
 
+def test_no_more_than_the_burst_is_saved(path: FastPath) -> None:
+    """However long nothing came."""
+    path.install(KEY, Out(), limit=1)
+    path.set_rate("datagrams", SLOW, burst=2.5)
+    due = path.arrays["limits"][0]["datagrams"]
+    due["due"] = int(due["due"]) - 3600 * 10**9 & (1 << 64) - 1
+    assert verdicts(path, 4) == 3 * [TC_ACT_REDIRECT] + [TC_ACT_SHOT]
+
+
 def test_the_average_is_the_rate(path: FastPath) -> None:
     """Offered as fast as can be, for a while: what passed is what was earned."""
     path.install(KEY, Out(), limit=1)
