@@ -3,7 +3,9 @@
 import json
 import os
 import pty
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -161,6 +163,60 @@ def test_completion_knows_the_commands(run: Run, shell: str) -> None:
     status, out, _ = run("completion", shell)
     assert status == 0
     assert all(command.name in out for command in COMMANDS)
+
+
+RULES = {"rules": [{"name": "studio-a"}, {"name": "studio-b"}, {"name": "feed"}]}
+# The script itself, as bash calls it at the Tab key.
+AT_THE_KEY = """
+source "$1"; shift
+PATH="$(dirname "$PYTHON"):$PATH"
+COMP_WORDS=("$@"); COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+_mrelay
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize("command", [["rule", "remove"], ["why"], ["health"], ["capture", "--side", "out"]])
+def test_bash_completes_names_of_running_rules(
+    run: Run, relay: FakeRelay, tmp_path: Path, command: list[str]
+) -> None:
+    relay.answer("GET /v1/rules", RULES)
+    script = tmp_path / "mrelay.bash"
+    script.write_text(run("completion", "bash").out)
+    words = ["bash", "-c", AT_THE_KEY, "bash", str(script), "mrelay", *command, "st"]
+    found = subprocess.run(
+        words, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, check=True
+    )
+    assert (found.stdout.split(), found.stderr) == (["studio-a", "studio-b"], "")
+
+
+def completed(run: Run, *words: str) -> list[str]:
+    """What the shell is given, behind the mark at which that begins; nothing else may show."""
+    status, out, err = run("__complete", *words)
+    assert (status, err) == (0, "")
+    return out.partition("\x1fbegin\n")[2].split()
+
+
+def test_rules_are_completed_of_the_relay_that_is_named(run: Run, relay: FakeRelay, tmp_path: Path) -> None:
+    relay.answer("GET /v1/rules", RULES)
+    with FakeRelay(tmp_path / "other.sock") as other:
+        other.answer("GET /v1/rules", {"rules": [{"name": "lab"}]})
+        assert completed(run, "why", "--socket", str(other.path), "") == ["lab"]
+    assert completed(run, "why", "") == ["studio-a", "studio-b", "feed"]
+
+
+def test_completion_says_nothing_without_a_relay(
+    run: Run, relay: FakeRelay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert completed(run, "why", "--socket", str(tmp_path / "none.sock"), "") == []
+    relay.refuse("GET /v1/rules", 403, {"rule": "", "key": "", "problem": "no", "remedy": ""})
+    assert completed(run, "why", "") == []
+    monkeypatch.setattr("mrelay.cli.options._AT_THE_KEY", 0.01)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
+        silent.bind(str(tmp_path / "silent.sock"))
+        silent.listen()
+        assert completed(run, "why", "--socket", str(tmp_path / "silent.sock"), "") == []
 
 
 # ---- live views, Ctrl-C, pipes -------------------------------------------------------------------

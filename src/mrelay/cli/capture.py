@@ -16,7 +16,7 @@ from cyclopts import Parameter, validators
 from mrelay.cli import output
 from mrelay.cli.client import Client
 from mrelay.cli.failure import Failure
-from mrelay.cli.options import DEFAULT_SOCKET, Socket
+from mrelay.cli.options import DEFAULT_SOCKET, Socket, running_rules
 
 PACKET: Final = 6  # draft-ietf-opsawg-pcapng §4.3
 STATISTICS: Final = 5  # §4.6
@@ -29,7 +29,12 @@ _ABOVE_0: Final = validators.Number(gt=0)
 
 def capture(
     what: Annotated[
-        str, Parameter(name="RULE|FLOW", help="A rule's name, or a flow: IFACE:[SOURCE@]GROUP:PORT[,vlan=N].")
+        str,
+        Parameter(
+            name="RULE|FLOW",
+            help="A rule's name, or a flow: IFACE:[SOURCE@]GROUP:PORT[,vlan=N].",
+            completer=running_rules,
+        ),
     ],
     /,
     *,

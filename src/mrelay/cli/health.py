@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from mrelay.cli import output
 from mrelay.cli.client import Client
 from mrelay.cli.failure import Failure
-from mrelay.cli.options import DEFAULT_SOCKET, AsJson, Every, Socket, Watch
+from mrelay.cli.options import DEFAULT_SOCKET, AsJson, Every, Socket, Watch, running_rules
 
 _COLUMNS: Final = (
     *("RULE", "SOURCE", "GROUP", "PORT", "FORMAT", "SEEN", "RECEIVED", "LOST", "LOSS", "REORDERED", "DUPLICATES"),
@@ -29,7 +29,7 @@ _MORE: Final = {
 
 
 def health(
-    rule: Annotated[str | None, Parameter(help="Only this rule's streams.")] = None,
+    rule: Annotated[str | None, Parameter(help="Only this rule's streams.", completer=running_rules)] = None,
     /,
     *,
     as_json: AsJson = False,

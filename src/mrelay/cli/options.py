@@ -1,10 +1,19 @@
-"""Options that several commands share, so that each has one name, one help text and one default."""
+"""Options that several commands share, so that each has one name, one help text and one default.
+
+Also what a shell completes: names of running rules, asked of the relay while somebody waits at the Tab key.
+"""
 
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from cyclopts import Parameter, validators
 
+from mrelay.cli.failure import Failure
+
+if TYPE_CHECKING:
+    from cyclopts.completion import CompletionContext
+
+_AT_THE_KEY: Final = 1.0  # seconds that a completion may take
 DEFAULT_SOCKET: Final = Path("/run/mrelay/control.sock")
 
 Level = Literal["debug", "info", "warning", "error", "critical"]  # logs.LEVELS
@@ -32,3 +41,15 @@ Every = Annotated[
         help="With --watch: seconds between refreshes, 0.1 to 3600.",
     ),
 ]
+
+
+def running_rules(context: "CompletionContext") -> list[str]:
+    """The names of the running rules, for completion; none when no relay answers soon."""
+    from mrelay.cli.client import Client  # not all who have these options are clients
+
+    path = context["socket"].value
+    try:
+        answer = Client(path).request("GET", "/v1/rules", patience=_AT_THE_KEY)
+    except Failure:
+        return []  # a shell shows nothing else
+    return [rule["name"] for rule in answer["rules"]]

@@ -15,7 +15,7 @@ from rich.console import RenderableType
 from mrelay.cli import files, output
 from mrelay.cli.client import TIMEOUT, Client
 from mrelay.cli.failure import BAD_CONFIG, Failure
-from mrelay.cli.options import DEFAULT_SOCKET, AsJson, Every, Socket, Watch
+from mrelay.cli.options import DEFAULT_SOCKET, AsJson, Every, Socket, Watch, running_rules
 
 if TYPE_CHECKING:
     from mrelay.model.config import Config
@@ -60,7 +60,9 @@ def add(
         print(f"added {rule['name']}: {rule['state']}")
 
 
-def remove(name: Annotated[str, _NAME], /, *, socket: Socket = DEFAULT_SOCKET) -> None:
+def remove(
+    name: Annotated[str, _NAME, Parameter(completer=running_rules)], /, *, socket: Socket = DEFAULT_SOCKET
+) -> None:
     """DELETE the rule."""
     Client(socket).request("DELETE", f"/v1/rules/{quote(name, safe='')}")
     print(f"removed {name}")

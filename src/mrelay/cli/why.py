@@ -14,7 +14,7 @@ from rich.text import Text
 from mrelay.cli import output
 from mrelay.cli.client import Client
 from mrelay.cli.failure import FAILED
-from mrelay.cli.options import DEFAULT_SOCKET, AsJson, Socket
+from mrelay.cli.options import DEFAULT_SOCKET, AsJson, Socket, running_rules
 
 _MARKS: Final = {
     "ok": ("ok", "green"),
@@ -26,7 +26,9 @@ _GOOD: Final = "forwarding"
 
 
 def why(
-    name: Annotated[str | None, Parameter(help="The rule's name; without one, all rules.")] = None,
+    name: Annotated[
+        str | None, Parameter(help="The rule's name; without one, all rules.", completer=running_rules)
+    ] = None,
     /,
     *,
     seconds: Annotated[
