@@ -10,6 +10,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 import urllib.parse
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -368,7 +369,9 @@ def test_numbers(tmp_path: Path) -> None:
             group, source = 0xEF010101, 0x0A000002
             counters.keys[:, 5] = key_words(FlowKey(1, 0, 4, source, group, 5000))
             counters.flows[:, 5] = 7, 700
+            before = time.time()
             stats = (await it.api("GET", "/v1/stats")).body
+            assert before <= stats["time"] <= time.time()
             assert (stats["received"], stats["matched"], stats["drops"]["no_rule"]) == (10, 7, 3)
             assert (stats["flows"], stats["engines"]) == (1, {"xdp": 0, "ebpf": 0, "uring": 1})
             assert (stats["carried"], stats["passed"]) == (5, {})

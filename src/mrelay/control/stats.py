@@ -5,6 +5,7 @@ Long lists are made in a thread, from copies.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
@@ -63,6 +64,7 @@ class Stats:
         flows = sum(_flow_count(worker) for worker in self._workers.by_number.values())
         carried = await asyncio.to_thread(self.carried)
         return {
+            "time": time.time(),
             "received": received,
             "matched": matched,
             "drops": dict(zip(DROP_REASONS, drops, strict=True)),

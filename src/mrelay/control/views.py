@@ -139,10 +139,13 @@ class RuleStats(BaseModel):
 class Stats(BaseModel):
     """Datagrams; received = matched + the sum of drops. `flows` is how many there are, `engines` by engine.
 
+    `time`: when it was so, in seconds since 1970; the difference between two answers divides into rates.
+
     `carried`: those of `matched` that the kernel's fast path carried. `passed`, by reason: frames, of all traffic
     on its interfaces, that it left to the slow path or the IP stack since its maps were made; empty without one.
     """
 
+    time: float
     received: int
     matched: int
     drops: dict[str, int]

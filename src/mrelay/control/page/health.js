@@ -19,7 +19,8 @@ export function healthOf(name) {
   const none = h("p", { class: "quiet" });
   const charts = { loss: chart("Lost, since this page was opened", percent, 0.001), jitter: chart("Jitter, since this page was opened", milliseconds, 0.001) };
   const series = { loss: [], jitter: [] };
-  const drawn = h("div", { class: "charts" }, ...Object.values(charts).map((one) => h("div", { class: "panel" }, one)));
+  const panels = Object.fromEntries(Object.entries(charts).map(([key, one]) => [key, h("div", { class: "panel", hidden: true }, one)]));
+  const drawn = h("div", { class: "charts" }, ...Object.values(panels));
   const tableNode = table("Stream health", [{ name: "Source" }, { name: "Format" }, { name: "Lost lately", number: true }, { name: "Lost", number: true }, { name: "Reordered", number: true }, { name: "Twice", number: true }, { name: "Jitter", number: true }, { name: "Silent for", number: true }, { name: "Alarms" }], body);
   const node = section("Stream health", none, drawn, tableNode);
   let due = 0;
@@ -30,6 +31,7 @@ export function healthOf(name) {
       const known = streams.map((stream) => stream[key]).filter((value) => value !== null);
       values.push(known.length ? Math.max(...known) : null);
       if (values.length > POINTS) values.shift();
+      panels[key].hidden = values.every((value) => value === null); // not every format tells of it
       charts[key].draw({ step: STEP, end: Date.now() / 1000 }, [{ name: "", values, kind: key === "loss" ? "bad" : "good" }]);
     }
   }

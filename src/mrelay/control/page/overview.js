@@ -86,7 +86,7 @@ function tilesOf() {
       show(0, perSecond(all.receivedRate), `${count(all.received)} in all`);
       show(1, perSecond(all.outRate), `to ${plural(state.rules.reduce((sum, rule) => sum + rule.outputs.length, 0), "output")}`);
       const share = all.received ? all.dropped / all.received : 0;
-      show(2, perSecond(all.dropRate), all.dropped ? `${count(all.dropped)} in all, ${share < 0.001 ? "under 0.1" : (share * 100).toFixed(1)} %` : "none so far", all.dropRate > 0 ? "alert" : "");
+      show(2, perSecond(all.dropRate), all.dropped ? `${count(all.dropped)} in all, ${share < 0.001 ? "under 0.1" : (share * 100).toFixed(1)}\u00a0%` : "none so far", all.dropRate > 0 ? "alert" : "");
       const kernel = (all.engines.ebpf || 0) + (all.engines.xdp || 0);
       show(3, count(all.flows), kernel ? `${count(kernel)} in the kernel` : `engine ${state.health.engine}`);
     },

@@ -5,12 +5,13 @@ import { get, NoAnswer, Refused } from "./api.js";
 const EVERY = 1000; // milliseconds between two looks, and more when answers are long
 const MANY = 500; // rules; above that their states are looked at less often
 const FLOWS = 300; // the busiest are enough for a picture
+const LEAST = 0.5; // seconds that a rate is taken over
 
 /** rules, totals, flows, health, access; `since` when the relay stopped answering; `ready` after the first answers. */
 export const state = { ready: false, since: null, access: null, health: null, rules: [], byName: new Map(), flows: [], streams: [], totals: null };
 
 const listeners = new Set();
-let before = null; // counters of the last look
+let before = []; // counters of the last looks
 let timer = 0;
 let looks = 0;
 let asking = null;
@@ -37,7 +38,7 @@ export async function lookAnew() {
 
 export function stop() {
   clearTimeout(timer);
-  before = null;
+  before = [];
   Object.assign(state, { ready: false, since: null, access: null });
 }
 
@@ -50,7 +51,7 @@ async function round() {
     if (error instanceof Refused && error.status === 401) state.access = { look: false };
     else if (error instanceof NoAnswer || error instanceof Refused) state.since ||= Date.now();
     else throw error;
-    before = null;
+    before = [];
   }
   if (state.access && !state.access.look) {
     stop();
@@ -82,13 +83,13 @@ async function fill() {
   if (health) state.health = health;
   if (often) state.streams = streams?.streams || [];
   if (often) state.alarms = new Map([...(streams?.rules || []), ...state.streams].filter((one) => one.alarms.length).map((one) => [one.rule, one.alarms]));
-  merge(stats, performance.now());
+  merge(stats);
   state.ready = true;
 }
 
-function merge(stats, now) {
-  const seconds = before ? (now - before.now) / 1000 : 0;
-  const grown = (key, value) => (before && key in before.counts ? Math.max(0, value - before.counts[key]) / seconds : 0);
+function merge(stats) {
+  const then = before.findLast((look) => stats.time - look.time >= LEAST); // by the relay's clock: answers take longer and shorter
+  const grown = (key, value) => (then && key in then.counts ? Math.max(0, value - then.counts[key]) / (stats.time - then.time) : 0);
   const counts = { received: stats.received };
   const dropRates = {};
   for (const [reason, value] of Object.entries(stats.drops)) dropRates[reason] = grown(`drop ${reason}`, (counts[`drop ${reason}`] = value));
@@ -104,7 +105,7 @@ function merge(stats, now) {
     outRate: state.rules.reduce((sum, rule) => sum + rule.outputs.reduce((all, output) => all + output.pps, 0), 0),
     bps: state.rules.reduce((sum, rule) => sum + rule.bps, 0),
   };
-  before = { now, counts };
+  before = [...before.slice(-3), { time: stats.time, counts }];
 }
 
 function view(rule, text, counts, grown) {
