@@ -15,26 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mrelay.counters_size import HEADER, MAX_LINKS, MAX_RULES, counters_size
+from mrelay.reasons import DROPS
 
 MAGIC: Final = 0x6D72656C61790003  # "mrelay", layout 3
 
-# README.md says what each means; the index is the slot in `drops`.
-DROP_REASONS: Final = (
-    "no_rule",
-    "not_udp",
-    "malformed",
-    "truncated",
-    "fragment",
-    "ttl_expired",
-    "too_big",
-    "no_neighbour",
-    "tx_error",
-    "ring_full",
-    "rate_limited",
-    "loop",
-    "no_output",  # a rule takes it, but none of the rule's outputs is open
-    "miss_limited",  # a flow not in the table, when such come faster than they may
-)
+DROP_REASONS: Final = tuple(DROPS)  # the index is the slot in `drops`
 NO_RULE, NOT_UDP, MALFORMED, TRUNCATED, FRAGMENT, TTL_EXPIRED, TOO_BIG = range(7)
 NO_NEIGHBOUR, TX_ERROR, RING_FULL, RATE_LIMITED, LOOP, NO_OUTPUT, MISS_LIMITED = range(7, 14)
 

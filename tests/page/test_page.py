@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from mrelay import reasons
 from netns.lab import Lab, Star, eventually
 from netns.relay import Relay, rule
 
@@ -262,7 +263,10 @@ def test_a_rule_from_its_first_to_its_last_day(
         accessible(page, "why")
         shoot("why")
 
-        page.get_by_role("link", name="studio-a").click()
+        page.get_by_role("link", name="Overview").click()
+        dropped = page.get_by_role("table", name="Dropped datagrams by reason")
+        expect(dropped).to_contain_text(reasons.DROPS["no_rule"])
+        page.get_by_role("table", name="Rules").get_by_role("link", name="studio-a").click()
         page.get_by_role("button", name="Remove").click()
         dialog = page.get_by_role("dialog", name="Remove studio-a?")
         expect(dialog.get_by_role("button", name="Keep it")).to_be_focused()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fake_relay import FakeRelay, Run
+from mrelay import reasons
 
 RULE_A = {
     "name": "studio-a",
@@ -136,6 +137,7 @@ def test_stats_add_up_and_hide_reasons_that_never_happened(run: Run, relay: Fake
     assert "the kernel carried 1,000, the slow path 500; frames it passed on: no_flow 12, waiting 3\n" in out
     assert "1.20 MB" in out
     assert "no_rule" in out
+    assert reasons.DROPS["no_rule"][:30] in out
     assert "fragment" not in out
 
 

@@ -425,7 +425,7 @@ def test_the_document_describes_the_answers(tmp_path: Path) -> None:
     async def work() -> None:
         async with relay(tmp_path) as it:
             document = (await it.api("GET", "/openapi.json")).body
-            paths = ["/v1/health", "/v1/rules", "/v1/flows", "/v1/stats", "/v1/workers"]
+            paths = ["/v1/health", "/v1/rules", "/v1/flows", "/v1/stats", "/v1/reasons", "/v1/workers"]
             assert set(document["paths"]) >= set(paths)
             for path in paths:
                 answer = (await it.api("GET", path)).body

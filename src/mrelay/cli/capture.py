@@ -17,13 +17,13 @@ from mrelay.cli import output
 from mrelay.cli.client import Client
 from mrelay.cli.failure import Failure
 from mrelay.cli.options import DEFAULT_SOCKET, Socket, running_rules
+from mrelay.reasons import DROPS, SHOWN_BY_FRAME
 
 PACKET: Final = 6  # draft-ietf-opsawg-pcapng §4.3
 STATISTICS: Final = 5  # §4.6
 _ISB_OSDROP: Final = 7
 _PIECE: Final = 1 << 16
-# What the relay can't tell from a frame alone.
-_UNKNOWN: Final = ("too_big", "no_neighbour", "tx_error", "ring_full", "rate_limited", "miss_limited")
+_UNKNOWN: Final = tuple(reason for reason in DROPS if reason not in SHOWN_BY_FRAME)
 _ABOVE_0: Final = validators.Number(gt=0)
 
 

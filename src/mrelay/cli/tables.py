@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from mrelay.cli import output
 from mrelay.cli.client import Client
 from mrelay.cli.options import DEFAULT_SOCKET, AsJson, Every, Socket, Watch
+from mrelay.reasons import DROPS
 
 _FLOW_COLUMNS: Final = (
     *("INTERFACE", "VLAN", "SOURCE", "GROUP", "PORT", "RULES", "OUTPUTS"),
@@ -111,8 +112,8 @@ def _traffic(rule: dict[str, Any]) -> list[str]:
 
 
 def _drops_table(drops: dict[str, int]) -> RenderableType:
-    rows = [[reason, output.count(number)] for reason, number in drops.items() if number]
-    return output.table(("DROPPED", "PACKETS"), rows, right=("PACKETS",)) if rows else "Nothing dropped."
+    rows = [[reason, output.count(number), DROPS.get(reason, "")] for reason, number in drops.items() if number]
+    return output.table(("DROPPED", "PACKETS", "MEANS"), rows, right=("PACKETS",)) if rows else "Nothing dropped."
 
 
 def _workers_table(answer: dict[str, Any]) -> RenderableType:

@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import WithJsonSchema
 from starlette.exceptions import HTTPException
 
-from mrelay import __version__, logs
+from mrelay import __version__, logs, reasons
 from mrelay.control import answers, eventstream, page, views
 from mrelay.control.answers import as_json, json_of_many
 from mrelay.control.events import Cursor, Page
@@ -86,6 +86,11 @@ def _add_looking(app: FastAPI, relay: Relay) -> None:
     async def stats() -> Response:
         """Counters: received = matched + the sum of drops."""
         return await json_of_many(await relay.stats.stats())
+
+    @app.get("/v1/reasons", response_model=views.Reasons)
+    async def why_dropped() -> Response:
+        """What each reason in /v1/stats means."""
+        return as_json({"drops": reasons.DROPS, "passed": reasons.PASSED})
 
     @app.get("/v1/workers", response_model=views.Workers)
     async def workers() -> Response:

@@ -7,7 +7,7 @@ together.
 
 from collections.abc import Callable
 from ipaddress import ip_network
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from mrelay.control.tap import Frame
 from mrelay.counters import DROP_REASONS, FRAGMENT, LOOP, NO_OUTPUT, NO_RULE, TTL_EXPIRED
@@ -16,7 +16,6 @@ from mrelay.model.ruleset import NOWHERE, RETURNED, FlowKey, Route, RuleSet
 from mrelay.protocols.frame import Packet, datagram, walk
 from mrelay.worker.parse import parse
 
-JUDGED: Final = ("no_rule", "not_udp", "malformed", "truncated", "fragment", "ttl_expired", "loop", "no_output")
 Judge = Callable[[Frame], str | None]
 
 

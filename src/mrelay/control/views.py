@@ -156,6 +156,13 @@ class Stats(BaseModel):
     passed: dict[str, int]
 
 
+class Reasons(BaseModel):
+    """What the reasons in /v1/stats mean: of `drops`, and of `passed`."""
+
+    drops: dict[str, str]
+    passed: dict[str, str]
+
+
 class Worker(BaseModel):
     """`pid` is null while it is down. `cpu_percent` of one core, over about a second.
 

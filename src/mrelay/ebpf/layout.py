@@ -7,6 +7,7 @@ NumPy dtype descriptions all the same. Tests compare them with the compiled prog
 from dataclasses import dataclass
 from typing import Final
 
+from mrelay import reasons
 from mrelay.counters_size import MAX_LINKS, MAX_RULES
 
 HALVES: Final = 2  # of a worker's routes and outputs: one in use while the other is built anew
@@ -17,7 +18,7 @@ TAIL_UNKNOWN: Final = (1 << 64) - 1
 HOP_READY: Final = 1
 HOP_XDP: Final = 2
 DSCP_KEEP: Final = 0xFF
-PASSED: Final = ("no_flow", "shape", "ttl", "too_big", "hop", "waiting", "listener")
+PASSED: Final = tuple(reasons.PASSED)
 PASSED_REASONS: Final = 8
 CARRIED: Final = PASSED_REASONS  # flow.state: this path sent its last frame on, at tc
 CARRIED_XDP: Final = CARRIED + 1  # the same by XDP

@@ -4,7 +4,7 @@ import { get } from "./api.js";
 import { chart } from "./chart.js";
 import { h, setAttr, setText, sync } from "./dom.js";
 import { bits, count, perSecond, plural, rate } from "./format.js";
-import { badge, endpoint, REASONS, row, ruleBadge, ruleHref, section, table, text } from "./parts.js";
+import { badge, endpoint, row, ruleBadge, ruleHref, section, table, text } from "./parts.js";
 import { picture } from "./picture.js";
 import { state, troubled, wordsOf } from "./store.js";
 
@@ -173,7 +173,7 @@ function dropsTable() {
     tableNode.hidden = !reasons.length;
     sync(body, reasons, ([reason]) => reason, ([reason]) => {
       const [now, all] = [text(), text()];
-      const made = row(["Reason", h("code", {}, reason)], ["Means", REASONS[reason] || ""], ["Per second", now, true], ["In all", all, true]);
+      const made = row(["Reason", h("code", {}, reason)], ["Means", state.reasons.drops[reason]], ["Per second", now, true], ["In all", all, true]);
       made.update = ([, value]) => {
         now.set(rate(state.totals.dropRates[reason]));
         setAttr(now, "class", state.totals.dropRates[reason] > 0 ? "bad" : null);

@@ -69,21 +69,3 @@ export function text(className) {
   const node = h("span", { class: className });
   return Object.assign(node, { set: (value) => setText(node, value) });
 }
-
-/** Why a datagram was dropped: what each reason means. The same words are in the README. */
-export const REASONS = {
-  no_rule: "to an address that a rule names, but no rule takes its port, VLAN or source",
-  not_udp: "another protocol, to a group or address that a rule names",
-  malformed: "a header that contradicts itself, or a wrong IPv4 header checksum",
-  truncated: "shorter than its own header says",
-  fragment: "a fragment that was not put together",
-  ttl_expired: "it came with TTL 1, and no output has a ttl: add ttl to the output",
-  too_big: "the kernel found it too long to send",
-  no_neighbour: "the kernel has no way to the destination",
-  tx_error: "another refusal by the kernel; the log names it",
-  no_output: "a rule takes it, but none of the rule's outputs is up",
-  ring_full: "the worker was too slow, the receive ring was full",
-  rate_limited: "over the rate of every rule that takes it",
-  miss_limited: "of an unknown flow, and such came too fast",
-  loop: "from an address that the relay sends from: its own stream has come back",
-};

@@ -6,16 +6,6 @@ import { count, duration } from "./format.js";
 import { badge, row, section, table, text } from "./parts.js";
 import { state } from "./store.js";
 
-const REASONS = {
-  no_flow: "no such stream was handed over: it is new, or can't be carried; or it is none of the relay's",
-  shape: "no plain UDP: another protocol, IPv4 options, extension headers, a fragment, an odd header",
-  ttl: "its TTL runs out, and an output has no ttl",
-  too_big: "longer than an output's MTU",
-  hop: "the next hop of an output is not known yet, or its interface is down",
-  waiting: "frames before it are still on their way through the slow path",
-  listener: "a program on this host listens to its port",
-};
-
 export function relayPage() {
   const facts = h("dl", { class: "facts" });
   const forget = token.get() && h("p", { class: "buttons" }, h("button", { type: "button", onclick: () => { token.forget(); dispatchEvent(new Event("token-needed")); } }, "Forget the token"));
@@ -81,7 +71,7 @@ function passedTable() {
     node.hidden = !reasons.length;
     sync(body, reasons, ([reason]) => reason, ([reason]) => {
       const all = text();
-      return Object.assign(row(["Reason", h("code", {}, reason)], ["Means", REASONS[reason] || ""], ["Frames", all, true]), { update: ([, value]) => all.set(count(value)) });
+      return Object.assign(row(["Reason", h("code", {}, reason)], ["Means", state.reasons.passed[reason]], ["Frames", all, true]), { update: ([, value]) => all.set(count(value)) });
     });
   }
   return { node, update };

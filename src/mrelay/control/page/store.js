@@ -7,8 +7,8 @@ const MANY = 500; // rules; above that their states are looked at less often
 const FLOWS = 300; // the busiest are enough for a picture
 const LEAST = 0.5; // seconds that a rate is taken over
 
-/** rules, totals, flows, health, access; `since` when the relay stopped answering; `ready` after the first answers. */
-export const state = { ready: false, since: null, access: null, health: null, rules: [], byName: new Map(), flows: [], streams: [], totals: null };
+/** rules, totals, flows, health, access, what `reasons` mean; `since` when the relay stopped answering; `ready` after the first answers. */
+export const state = { ready: false, since: null, access: null, reasons: null, health: null, rules: [], byName: new Map(), flows: [], streams: [], totals: null };
 
 const listeners = new Set();
 let before = []; // counters of the last looks
@@ -39,7 +39,7 @@ export async function lookAnew() {
 export function stop() {
   clearTimeout(timer);
   before = [];
-  Object.assign(state, { ready: false, since: null, access: null });
+  Object.assign(state, { ready: false, since: null, access: null, reasons: null });
 }
 
 async function round() {
@@ -68,6 +68,7 @@ document.addEventListener("visibilitychange", () => { if (!document.hidden && (s
 async function fill() {
   state.access ||= await get("v1/access");
   if (!state.access.look) return;
+  state.reasons ||= await get("v1/reasons");
   const often = state.rules.length < MANY || looks % 5 === 0;
   looks += 1;
   const measured = state.rules.some((rule) => rule.health);
