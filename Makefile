@@ -44,6 +44,7 @@ demo: $(PROGRAM) ## source, relay and receivers in namespaces of their own, live
 test: $(DEV) ## all tests; those that build network namespaces run as root
 	@$(SETUP) promtool
 	@$(SETUP) root ip ethtool tshark libbpf.so.1
+	@$(SETUP) wish ffmpeg
 ifeq ($(ROOT),)
 	$(PYTEST) $(ARGS)
 else

@@ -6,6 +6,7 @@
 #   setup.sh promtool             promtool, which tests alert rules and metrics (.venv/bin/promtool)
 #   setup.sh root WHAT ...        a way to be root, and system commands and libraries (lib….so.N), from
 #                                 Debian packages if missing
+#   setup.sh wish WHAT ...        the same, but what can't be had is done without: its tests skip
 # POSIX sh; never asks a question. PYTHON=/path/to/python3.x chooses the interpreter.
 set -eu
 
@@ -108,6 +109,13 @@ install_tools() {
     apt_install $missing
     case $missing in *smcroute*) silence smcroute smcroute-helper ;; esac
     case $missing in *igmpproxy*) silence igmpproxy ;; esac
+}
+
+# In a subshell, which `fail` may end.
+install_wishes() {
+    for tool in "$@"; do
+        present "$tool" || (install_tools "$tool") || say "no $tool here: its tests are skipped"
+    done
 }
 
 # silence SERVICE ...: Debian starts multicast routers on the host with their packages; we want the commands, not a
@@ -222,6 +230,10 @@ case ${1:-} in
         shift
         need_root "this target" "the same make command"
         install_tools "$@"
+        ;;
+    wish)
+        shift
+        install_wishes "$@"
         ;;
     *) fail "setup.sh does not know '${1:-}'" "use make; 'make help' lists the targets" ;;
 esac

@@ -28,7 +28,7 @@ Process = contextlib.AbstractContextManager[subprocess.Popen[str]]
 @pytest.fixture(autouse=True)
 def ffmpeg() -> None:
     if shutil.which("ffmpeg") is None:
-        pytest.skip("needs the command ffmpeg (Debian: ffmpeg, 80 packages, which no set-up installs)")
+        pytest.skip("needs the command ffmpeg (make test)")
 
 
 @contextlib.contextmanager
