@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Final
 
@@ -121,6 +121,17 @@ class _Formatter(logging.Formatter):
         if record.exc_info:
             table["error"] = self.formatException(record.exc_info)
         return json.dumps(table, ensure_ascii=False)
+
+
+def log_many(to: logging.Logger, level: int, message: str, each: Sequence[tuple[object, ...]]) -> None:
+    """A message of many things at once: of the first by name, of the others how many.
+
+    Folding would let no more through, but takes its time for each.
+    """
+    for arguments in each[:MOST]:
+        to.log(level, message, *arguments)
+    if len(each) > MOST:
+        to.log(level, "… and %d more messages of this kind", len(each) - MOST)
 
 
 class _Window:

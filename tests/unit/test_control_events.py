@@ -84,7 +84,7 @@ def test_a_place_as_text() -> None:
 
 def test_much_at_once_is_told_as_a_number() -> None:
     log = a_log(0)
-    log.add_many([*(RuleAdded(rule="r") for _ in range(BULK + 7)), RuleUp(rule="r")])
+    log.add_many([*[(RuleAdded, {"rule": "r"})] * (BULK + 7), (RuleUp, {"rule": "r"})])
     *_, added, up = log.page().events
     assert (added.text, up.text) == ("7 more of rule_added", "1 more of rule_up")
     assert log.last == BULK + 2
@@ -189,7 +189,7 @@ def test_a_client_that_falls_behind_is_dropped() -> None:
         client.stuck.clear()
         log.add(RuleUp(rule="new"))
         await asyncio.sleep(0.001)
-        log.add_many([RuleUp(rule="new")] * (KEPT + 5), most=KEPT + 5)
+        log.add_many([(RuleUp, {"rule": "new"})] * (KEPT + 5), most=KEPT + 5)
         client.stuck.set()
         await client.life
         assert client.aborted

@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from ipaddress import IPv4Address
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -128,6 +129,29 @@ def test_a_rule_goes_membership_first_sockets_last() -> None:
                 ("release", RING),
             ]
             assert it.fake.held == set()
+
+    run(work)
+
+
+def test_a_new_output_s_addresses_are_own_to_all_rules() -> None:
+    async def work() -> None:
+        async with scene() as it:
+            await it.rules(rule())
+            assert [put.own for put in it.reconciler.running] == [(int(IPv4Address("10.0.1.1")),)]
+            await it.rules(rule(), rule("b", A, "eth0:239.3.3.3:6000"))
+            both = tuple(int(IPv4Address(address)) for address in ("10.0.0.1", "10.0.1.1"))
+            assert [put.own for put in it.reconciler.running] == [both, both]
+
+    run(work)
+
+
+def test_what_was_made_of_a_rule_is_kept_while_the_rule_is() -> None:
+    async def work() -> None:
+        async with scene() as it:
+            await it.rules(rule())
+            (before,) = it.reconciler.running
+            await it.rules(rule(), rule("b", A, "eth1:239.3.3.3:6000"))
+            assert it.reconciler.running[0] is before
 
     run(work)
 

@@ -39,7 +39,6 @@ DOWN = Link("eth2", 4, False)
 ANY_V4 = 0, 2**32 - 1
 GRO = Settings("auto", 1024)
 NONE_FAILED: dict[Resource, str] = {}
-NO_OWN: dict[int, tuple[int, ...]] = {4: (), 6: ()}
 
 
 def rule(origin: str, *outputs: str, name: str = "r") -> Rule:
@@ -55,14 +54,14 @@ def plan(
     table = LinkTable()
     table.update(links)
     slots = Slots().updated(rules, lambda slots: [(0, 0)] * len(slots), lambda slots: [(0, 0, 0)] * len(slots))
-    return plan_rules(rules, slots, table, ids or EgressIds(), settings)
+    return plan_rules(rules, slots, table, ids or EgressIds(), settings, own_sources(rules, table))
 
 
 def compiled(origin: str, *outputs: str) -> PutRule:
     (one,) = plan(rule(origin, *outputs))
-    put = in_force(one, one.needs(), NO_OWN)
+    put = in_force(one, one.needs())
     assert put is not None
-    return put
+    return replace(put, own=())
 
 
 def joins(origin: str) -> set[JoinGroup]:
@@ -158,14 +157,14 @@ def test_a_unicast_input_is_held_not_joined() -> None:
 def test_a_missing_interface_is_waited_for() -> None:
     (one,) = plan(rule("eth9:239.1.1.1:5000", "eth1:239.2.2.2:6000"))
     assert rule_state(one, NONE_FAILED) == "waiting: no interface eth9"
-    assert in_force(one, one.needs(), NO_OWN) is None
+    assert in_force(one, one.needs()) is None
     (one,) = plan(rule("eth0:239.1.1.1:5000", "eth1:239.2.2.2:6000", "eth9:239.2.2.2:6000"))
     assert rule_state(one, NONE_FAILED) == "waiting: no interface eth9"
     assert [output_state(output, NONE_FAILED) for output in one.outputs] == [
         UP,
         "waiting: no interface eth9",
     ]
-    put = in_force(one, one.needs(), NO_OWN)
+    put = in_force(one, one.needs())
     assert put is not None
     assert [output.oif for output in put.outputs] == [3]
 
@@ -175,7 +174,7 @@ def test_a_link_that_is_down_opens_nothing_and_closes_nothing() -> None:
     assert rule_state(one, NONE_FAILED) == "waiting: eth2 is down"
     assert one.opens() == set()
     assert OpenIngress(4, 1024) in one.needs()
-    put = in_force(one, one.needs(), NO_OWN)
+    put = in_force(one, one.needs())
     assert put is not None
     assert put.outputs == ()
 
@@ -184,28 +183,29 @@ def test_what_failed_shows_and_is_left_out() -> None:
     (one,) = plan(rule("eth0:239.1.1.1:5000", "eth1:239.2.2.2:6000", "eth1:239.2.2.3:6000"))
     bad = one.outputs[0].egress
     assert bad is not None
-    put = in_force(one, one.needs() - {bad}, NO_OWN)
+    put = in_force(one, one.needs() - {bad})
     assert put is not None
     assert [output.address for output in put.outputs] == ["239.2.2.3"]
     assert rule_state(one, {bad: "error: no route"}) == "error: no route"
     assert output_state(one.outputs[0], {bad: "error: no route"}) == "error: no route"
     assert output_state(one.outputs[1], {bad: "error: no route"}) == UP
-    assert in_force(one, one.needs() - {OpenIngress(2, 1024)}, NO_OWN) is None
+    assert in_force(one, one.needs() - {OpenIngress(2, 1024)}) is None
 
 
 def test_what_the_relay_sends_from_is_not_taken_back_unless_allowed() -> None:
     table = LinkTable()
     table.update([ETH0, ETH1, DOWN])
-    one, other = plan(
+    rules = (
         rule("eth0:239.1.1.1:5000", "eth1:239.2.2.2:6000", name="a"),
         rule("eth1:239.1.1.2:5000", "eth0:239.2.2.2:6000,source=10.9.9.9", "eth0:*:*,source=keep", name="b"),
     )
-    own = own_sources([one, other], table)
+    own = own_sources(rules, table)
     assert own == {
         4: (int(ip_address("10.0.1.1")), int(ip_address("10.9.9.9"))),
         6: (int(ip_address("fe80::1")),),
     }
-    put = in_force(one, one.needs(), own)
+    one, _ = plan(*rules)
+    put = in_force(one, one.needs())
     assert put is not None
     assert put.own == own[4]
     exempt = rule("eth0:239.1.1.1:5000", "eth1:239.2.2.2:6000").model_copy(update={"allow_loop": True})
@@ -213,7 +213,7 @@ def test_what_the_relay_sends_from_is_not_taken_back_unless_allowed() -> None:
     for free in plan(
         exempt, rule("lo:239.1.1.1:5000", "eth1:239.2.2.2:6000", name="l"), links=(loopback, ETH0, ETH1)
     ):
-        put = in_force(free, free.needs(), own)
+        put = in_force(free, free.needs())
         assert put is not None
         assert put.own == ()
 

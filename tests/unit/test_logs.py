@@ -143,6 +143,17 @@ def test_a_storm_of_different_messages_is_bounded(storm: Storm) -> None:
     assert storm.lines() == [f"… and {10_000 - logs.MOST} more messages of this kind in 10 s", "something else"]
 
 
+def test_a_message_of_many_things_names_the_first_and_counts_the_others(storm: Storm) -> None:
+    logs.log_many(storm.log, logging.INFO, "rule %s: %s", [(number, "up") for number in range(10_000)])
+    named = [f"rule {number}: up" for number in range(logs.MOST)]
+    assert storm.lines() == [*named, f"… and {10_000 - logs.MOST} more messages of this kind"]
+    logs.log_many(storm.log, logging.INFO, "rule %s: %s", [(1, "down")])
+    logs.log_many(storm.log, logging.INFO, "rule %s: %s", [])
+    storm.now += logs.WINDOW
+    storm.folding.flush(storm.now)
+    assert storm.lines() == ["… and 1 more messages of this kind in 10 s"]
+
+
 def test_summaries_keep_their_level(storm: Storm) -> None:
     levels: list[int] = []
     storm.folding.out = lambda record: levels.append(record.levelno)

@@ -317,6 +317,9 @@ class Cursor(NamedTuple):
         return cls(match[1] or "", int(match[2]))
 
 
+Happened = tuple[type[Event], dict[str, Any]]  # an event's type and fields: of thousands, few become events
+
+
 class EventLog:
     """The events of this run. `counts`: how many there were, by type; `followers`: clients of a stream."""
 
@@ -336,12 +339,12 @@ class EventLog:
         self.counts[event.type] += 1
         self._wake()
 
-    def add_many(self, events: Sequence[Event], most: int = BULK) -> None:
+    def add_many(self, events: Sequence[Happened], most: int = BULK) -> None:
         """Events that happened together: one by one up to `most`, the rest as numbers."""
-        for event in events[:most]:
-            self.add(event)
-        for kind, count in Counter(event.type for event in events[most:]).items():
-            self.omit(kind, count)
+        for kind, fields in events[:most]:
+            self.add(kind(**fields))
+        for kind, count in Counter(kind for kind, _ in events[most:]).items():
+            self.omit(kind.model_fields["type"].default, count)
 
     def omit(self, kind: str, count: int) -> None:
         """So many of this kind happened that are not told one by one."""

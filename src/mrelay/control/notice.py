@@ -155,10 +155,10 @@ class InterfaceWatch:
     def look(self, named: AbstractSet[str]) -> None:
         """Links changed. `named`: those that rules name."""
         now = self._now()
-        self._events.add_many([InterfaceUp(interface=name) for name in sorted((now - self._up) & named)])
+        self._events.add_many([(InterfaceUp, {"interface": name}) for name in sorted((now - self._up) & named)])
         lost = sorted((self._up - now) & named)
         gone = self._links.by_name.keys()
-        self._events.add_many([InterfaceDown(interface=name, gone=name not in gone) for name in lost])
+        self._events.add_many([(InterfaceDown, {"interface": name, "gone": name not in gone}) for name in lost])
         self._up = now
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
-from mrelay.control.events import Event, EventLog, OutputState, RuleUp, RuleWaiting
+from mrelay.control.events import EventLog, Happened, OutputState, RuleUp, RuleWaiting
 from mrelay.control.fastpath import FastPath, hop_of
 from mrelay.control.links import LinkTable
 from mrelay.control.routes import Hop, NextHops
@@ -22,6 +22,7 @@ from mrelay.control.want import (
     STARTING,
     UP,
     EgressIds,
+    Own,
     RulePlan,
     Settings,
     in_force,
@@ -31,6 +32,7 @@ from mrelay.control.want import (
     rule_state,
 )
 from mrelay.control.workers import Workers
+from mrelay.logs import log_many
 from mrelay.messages import AttachXdp, HoldUnicast, JoinGroup, OpenEgress, OpenIngress, PutRule, Resource, SetGro
 
 log = logging.getLogger(__name__)
@@ -66,7 +68,8 @@ class Reconciler:
         self.refused: dict[Resource, str] = {}  # GRO, XDP, held ports: done without, retried when a link changes
         self._no_xdp: dict[int, str] = {}  # what was last said of it, by interface
         self._anew: set[JoinGroup] = set()  # to be left and joined again in the next pass
-        self._known: dict[str, RulePlan] = {}  # made since the links last changed
+        self._known: dict[str, RulePlan] = {}  # made since the links, or the addresses to send from, last changed
+        self._own: Own = {}
         self.plans: list[RulePlan] = []
         self.failed: dict[Resource, str] = {}
         self.running: list[PutRule] = []
@@ -146,8 +149,7 @@ class Reconciler:
         if replaced := self._links.take_replaced():
             log.info("links %s are others than before, under the same numbers", sorted(replaced))
             await self._release(what for what in self._have.copy() if getattr(what, "ifindex", 0) in replaced)
-        plans = plan_rules(self._book.rules, self._book.slots, self._links, self._ids, self._settings, self._known)
-        self._known = {plan.rule.name: plan for plan in plans}
+        plans = self._plan()
         wanted: set[Resource] = set().union(*(plan.needs() for plan in plans))
         self.failed = {what: problem for what, problem in self.failed.items() if what in wanted}
         self.refused = {what: why for what, why in self.refused.items() if what in wanted}
@@ -155,8 +157,7 @@ class Reconciler:
         await self._release(self._in_the_way(wanted) | (anew & self._have))
         await self._grant(set().union(*(plan.opens() for plan in plans)))
         await self._release(what for what in self._have - wanted if isinstance(what, JoinGroup))
-        own = own_sources(plans, self._links)
-        running = [(plan, put) for plan in plans if (put := in_force(plan, self._have, own))]
+        running = [(plan, put) for plan in plans if (put := in_force(plan, self._have))]
         await (
             self._follow_egresses()
         )  # before the rules, or flows with a new output would have to take the slow path
@@ -166,7 +167,7 @@ class Reconciler:
             self._fast.set_ranges([put for _, put in running], {ring.ifindex for ring in rings})
         if replaced:  # the rules may be what they were: joins still wait until every worker has the new rings
             await self._workers.sync()
-        await self._grant({join for plan, _ in running if plan.state == UP for join in plan.joins})
+        await self._grant(set().union(*(plan.joins for plan, _ in running if plan.state == UP)))
         if surplus := self._have - wanted:
             await self._release(surplus)
             await self._follow_egresses()
@@ -175,6 +176,15 @@ class Reconciler:
         egresses = {output.egress for plan in plans for output in plan.outputs if output.state == UP}
         self._hops.follow({hop for egress in egresses if egress and (hop := self._hop(egress))})
         self._tell()
+
+    def _plan(self) -> list[RulePlan]:
+        book = self._book
+        own = own_sources(book.rules, self._links)
+        if own != self._own:
+            self._own, self._known = own, {}
+        plans = plan_rules(book.rules, book.slots, self._links, self._ids, self._settings, own, self._known)
+        self._known = {plan.rule.name: plan for plan in plans}
+        return plans
 
     async def _follow_egresses(self) -> None:
         if self._fast is not None:
@@ -189,8 +199,8 @@ class Reconciler:
         xdp: set[Resource] = {what for what in self._have - wanted if isinstance(what, AttachXdp)}
         return xdp | {what for what in rings - wanted if (what.ifindex, not what.family) in coming}
 
-    async def _grant(self, wanted: Iterable[Resource]) -> None:
-        missing = [what for what in wanted if what not in self._have and what not in self.refused]
+    async def _grant(self, wanted: AbstractSet[Resource]) -> None:
+        missing = wanted - self._have - self.refused.keys()
         failed = await self._supervisor.grant(sorted(missing, key=_rank))
         for what, error in failed.items():
             self._grant_failed(what, error)
@@ -242,10 +252,9 @@ class Reconciler:
         trouble = self.trouble()
         now = {subject: state for plan in self.plans for subject, state in _states(plan, trouble)}
         changed = {subject: state for subject, state in now.items() if state != self._states.get(subject)}
-        for subject, state in changed.items():
-            log.log(logging.INFO if state == UP else logging.WARNING, "%s: %s", subject, state)
-        for subject in self._states.keys() - now.keys():
-            log.info("%s: removed", subject)
+        log_many(log, logging.WARNING, "%s: %s", [each for each in changed.items() if each[1] != UP])
+        log_many(log, logging.INFO, "%s: %s", [each for each in changed.items() if each[1] == UP])
+        log_many(log, logging.INFO, "%s: removed", [(subject,) for subject in self._states if subject not in now])
         self._states = now
         self._events.add_many([_event(*each) for each in changed.items() if not each[0].warns])
 
@@ -277,10 +286,12 @@ def _states(plan: RulePlan, trouble: Mapping[Resource, str]) -> Iterator[tuple[S
         yield Subject(rule, warns=str(plan.rule.from_)), plan.warning
 
 
-def _event(subject: Subject, state: str) -> Event:
+def _event(subject: Subject, state: str) -> Happened:
     if subject.output:
-        return OutputState(rule=subject.rule, output=subject.output, state=state)
-    return RuleUp(rule=subject.rule) if state == UP else RuleWaiting(rule=subject.rule, reason=state)
+        return OutputState, {"rule": subject.rule, "output": subject.output, "state": state}
+    if state == UP:
+        return RuleUp, {"rule": subject.rule}
+    return RuleWaiting, {"rule": subject.rule, "reason": state}
 
 
 def _rank(what: Resource) -> int:

@@ -7,8 +7,8 @@ blocks: large requests are parsed in a thread.
 import asyncio
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 from mrelay import __version__, logs
@@ -134,9 +134,12 @@ class Relay:
 
     def rules(self) -> Table:
         """/v1/rules"""
+        return {"rules": self._views(self._book.rules)}
+
+    def _views(self, rules: Iterable[Rule]) -> list[Table]:
         plans = {plan.rule.name: plan for plan in self._reconciler.plans}
         trouble = self._reconciler.trouble()
-        return {"rules": [_rule_view(rule, plans.get(rule.name), trouble) for rule in self._book.rules]}
+        return [_rule_view(rule, plans.get(rule.name), trouble) for rule in rules]
 
     async def add(self, table: Table) -> Table:
         """Add a rule; as in /v1/rules. Raises ConfigError, Exists, OSError (not saved)."""
@@ -164,9 +167,8 @@ class Relay:
 
     def rule(self, name: str) -> Table:
         """One rule as in /v1/rules; raises NoRule."""
-        for view in self.rules()["rules"]:
-            if view["name"] == name:
-                return dict(view)
+        for view in self._views(rule for rule in self._book.rules if rule.name == name):
+            return view
         raise NoRule(name)
 
     async def why(self, name: str, seconds: float) -> Table:
@@ -199,7 +201,7 @@ class Relay:
                 await self._book.change(state)
         if not dry_run:
             await self._reconciler.settled()
-        return {key: list(names) for key, names in asdict(result).items()}
+        return {field.name: list(getattr(result, field.name)) for field in fields(result)}
 
     async def reload(self, file_rules: Sequence[Rule], file: str) -> None:
         """Take over what was edited in the config file. Raises ConfigError, OSError (not saved)."""

@@ -42,12 +42,12 @@ def difference(before: Sequence[Rule], after: Sequence[Rule]) -> Difference:
     """What it takes to come from `before` to `after`."""
     old = {rule.name: rule for rule in before}
     new = {rule.name: rule for rule in after}
-    both = [name for name in new if name in old]
+    changed = {name for name, rule in new.items() if name in old and rule is not old[name] and rule != old[name]}
     return Difference(
         added=tuple(name for name in new if name not in old),
         removed=tuple(name for name in old if name not in new),
-        changed=tuple(name for name in both if old[name] != new[name]),
-        unchanged=tuple(name for name in both if old[name] == new[name]),
+        changed=tuple(name for name in new if name in changed),
+        unchanged=tuple(name for name in new if name in old and name not in changed),
     )
 
 
@@ -86,8 +86,12 @@ class Rulebook:
         return {end.interface for rule in self.rules for end in (rule.from_, *rule.to)}
 
     def checked(self, rules: Iterable[Rule], file_rules: Iterable[Rule] | None = None, file: str = "") -> State:
-        """The state with these rules running; ConfigError when they can't run together."""
-        rules = tuple(rules)
+        """The state with these rules running; ConfigError when they can't run together.
+
+        A rule that is as before is the very object: what was made of it is still good.
+        """
+        before = {rule.name: rule for rule in self.rules}
+        rules = tuple(was if (was := before.get(rule.name)) == rule else rule for rule in rules)
         if issues := check_rules(rules, file):
             raise ConfigError(issues)
         try:
@@ -107,6 +111,6 @@ class Rulebook:
         """Let it be in force, saved or not."""
         changes = difference(self._state.rules, state.rules)
         self._state = state
-        self._events.add_many([RuleAdded(rule=name) for name in changes.added])
-        self._events.add_many([RuleRemoved(rule=name) for name in changes.removed])
-        self._events.add_many([RuleChanged(rule=name) for name in changes.changed])
+        self._events.add_many([(RuleAdded, {"rule": name}) for name in changes.added])
+        self._events.add_many([(RuleRemoved, {"rule": name}) for name in changes.removed])
+        self._events.add_many([(RuleChanged, {"rule": name}) for name in changes.changed])

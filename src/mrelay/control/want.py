@@ -7,6 +7,7 @@ workers run. Pure: no I/O; the numbers of egress sockets come from an EgressIds.
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address
 from types import MappingProxyType
 from typing import Literal
@@ -25,7 +26,7 @@ from mrelay.messages import (
     RuleOutput,
     SetGro,
 )
-from mrelay.model.endpoint import Input, Network, Output
+from mrelay.model.endpoint import Input, Network, Output, is_multicast
 from mrelay.model.rate import Rate
 from mrelay.model.rule import Rule
 
@@ -35,6 +36,8 @@ MAX_JOINS = 256  # groups of one prefix; more would fill the interface's filter 
 MAX_HOLDS = 64  # ports of one unicast input
 
 EgressKey = tuple[int, int, str | None, int | None, str, int]  # OpenEgress without its number
+Own = Mapping[int, tuple[int, ...]]  # by family, addresses of this relay
+_NO_RATE = Rate()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +73,11 @@ class EgressIds:
     def get(self, key: EgressKey, ttl: int, dscp: int) -> int:
         """The number of this socket, a new one if need be."""
         full = key, ttl, dscp
-        if full not in self._ids:
-            self._ids[full] = self._held[key].pop(0) if self._held.get(key) else self._lowest_free()
-            self._used.add(self._ids[full])
-        return self._ids[full]
+        number = self._ids.get(full)
+        if number is None:
+            number = self._ids[full] = self._held[key].pop(0) if self._held.get(key) else self._lowest_free()
+            self._used.add(number)
+        return number
 
     def keep(self, numbers: AbstractSet[int]) -> None:
         """Only these are still open; the others may be handed out again."""
@@ -106,6 +110,7 @@ class RulePlan:
     """One rule: what keeps its input waiting (or UP), and what it needs if the input's link exists.
 
     What is open stays so while a link is down, so that a flap costs nothing; it is only not opened then.
+    `compiled` has the outputs whose links are up, whether or not their sockets could be opened.
     """
 
     rule: Rule
@@ -116,7 +121,6 @@ class RulePlan:
     joins: frozenset[JoinGroup] = frozenset()  # wanted once it is
     compiled: PutRule | None = None
     warning: str = ""
-    loopback: bool = False
 
     def needs(self) -> set[Resource]:
         """All that may be open for this rule."""
@@ -131,49 +135,65 @@ class RulePlan:
         return found
 
 
+def own_sources(rules: Iterable[Rule], links: LinkTable) -> Own:
+    """By family, the addresses that this relay sends from, as integers in order."""
+    found: dict[int, set[int]] = {4: set(), 6: set()}
+    senders = {(output.interface, output.source) for rule in rules for output in rule.to}
+    for interface, source in senders:
+        link = links.by_name.get(interface)
+        if link is not None and source == "egress":
+            found[4] |= {int(IPv4Address(address)) for address in link.ipv4}
+            found[6] |= {int(IPv6Address(address)) for address in link.ipv6}
+        elif not isinstance(source, str):
+            found[source.version].add(int(source))
+    return {family: tuple(sorted(addresses)) for family, addresses in found.items()}
+
+
 def plan_rules(
     rules: Sequence[Rule],
     slots: Slots,
     links: LinkTable,
     ids: EgressIds,
     settings: Settings,
+    own: Own,
     known: Mapping[str, RulePlan] = MappingProxyType({}),
 ) -> list[RulePlan]:
-    """A plan for each rule. `known` are plans made since the links last changed, to be used again."""
+    """A plan for each rule. `own` as own_sources says; `known` are plans made with the same links and `own`, to be
+    used again.
+    """
     return [
         old
         if (old := known.get(rule.name)) and old.rule is rule
-        else _plan_rule(rule, slots, links, ids, settings)
+        else _plan_rule(rule, slots, links, ids, settings, own)
         for rule in rules
     ]
 
 
-def _place(origin: Input, link: Link, settings: Settings) -> tuple[int, AbstractSet[Resource]]:
-    """Behind the fast path, which takes a ring for each family, or before all (0); and XDP, if any."""
-    if not settings.fast or not carries(link):
-        return 0, frozenset()
-    return origin.address.version, {AttachXdp(link.ifindex)} if settings.wants_xdp(link.name) else frozenset()
-
-
-def _plan_rule(rule: Rule, slots: Slots, links: LinkTable, ids: EgressIds, settings: Settings) -> RulePlan:
-    outputs = tuple(_plan_output(rule, output, slots, links, ids) for output in rule.to)
+def _plan_rule(
+    rule: Rule, slots: Slots, links: LinkTable, ids: EgressIds, settings: Settings, own: Own
+) -> RulePlan:
+    outputs = tuple([_plan_output(rule, output, slots, links, ids) for output in rule.to])
     link = links.by_name.get(rule.from_.interface)
     state = _link_state(rule.from_.interface, link)
     if link is None:
         return RulePlan(rule, state, outputs)
     joins, warning = _joins(rule.from_, link.ifindex)
-    family, xdp = _place(rule.from_, link, settings)
-    return RulePlan(
-        rule,
-        state,
-        outputs,
-        ingress=OpenIngress(link.ifindex, settings.ring_slots, family),
-        beside=_beside(rule.from_, link, settings) | xdp,
-        joins=joins,
-        compiled=_compile(rule, slots.rules[rule.name].index, link.ifindex),
-        warning=warning,
-        loopback=link.loopback,
-    )
+    ingress, beside = _at_ingress(link, rule.from_.address.version, settings)
+    if holds := _holds(rule.from_):
+        beside |= holds
+    compiled = _compile(rule, slots.rules[rule.name].index, link, outputs, own)
+    return RulePlan(rule, state, outputs, ingress, beside, joins, compiled, warning)
+
+
+@lru_cache(1024)
+def _at_ingress(link: Link, family: int, settings: Settings) -> tuple[OpenIngress, frozenset[Resource]]:
+    """The ring, behind the fast path, which takes one for each family, or before all (0); GRO; and XDP, if any."""
+    beside: set[Resource] = {SetGro(link.ifindex)} if settings.gro else set()  # "auto" or true
+    if not settings.fast or not carries(link):
+        return OpenIngress(link.ifindex, settings.ring_slots, 0), frozenset(beside)
+    if settings.wants_xdp(link.name):
+        beside.add(AttachXdp(link.ifindex))
+    return OpenIngress(link.ifindex, settings.ring_slots, family), frozenset(beside)
 
 
 def _link_state(name: str, link: Link | None) -> str:
@@ -182,41 +202,41 @@ def _link_state(name: str, link: Link | None) -> str:
     return UP if link.up else f"waiting: {name} is down"
 
 
-def _beside(origin: Input, link: Link, settings: Settings) -> frozenset[Resource]:
-    found: set[Resource] = set()
-    if settings.gro:  # "auto" or true
-        found.add(SetGro(link.ifindex))
-    ports = range(origin.ports.low, origin.ports.high + 1)
-    if not origin.address.is_multicast and len(ports) <= MAX_HOLDS:
-        found |= {HoldUnicast(str(origin.address.network_address), port) for port in ports}
-    return frozenset(found)
+def _holds(origin: Input) -> frozenset[Resource]:
+    if is_multicast(origin.address) or origin.ports.high - origin.ports.low >= MAX_HOLDS:
+        return frozenset()
+    address = str(origin.address.network_address)
+    return frozenset(HoldUnicast(address, port) for port in range(origin.ports.low, origin.ports.high + 1))
 
 
 def _joins(origin: Input, ifindex: int) -> tuple[frozenset[JoinGroup], str]:
     """The memberships that an input needs, and what to warn of."""
-    if not origin.address.is_multicast:
+    if not is_multicast(origin.address):
         return frozenset(), ""
-    if origin.address.num_addresses > MAX_JOINS:
+    if _size(origin.address) > MAX_JOINS:
         return frozenset(), "prefix too wide to join: relies on static membership or an upstream querier"
     source = str(origin.source.network_address) if origin.source and _is_host(origin.source) else None
-    return frozenset(JoinGroup(ifindex, str(group), source) for group in origin.address), ""
+    groups = (origin.address.network_address + place for place in range(_size(origin.address)))
+    return frozenset([JoinGroup(ifindex, str(group), source) for group in groups]), ""
 
 
 def _is_host(network: Network) -> bool:
     return network.prefixlen == network.max_prefixlen
 
 
-def _compile(rule: Rule, slot: int, ifindex: int) -> PutRule:
-    """The rule without its outputs."""
-    origin, rate = rule.from_, rule.rate or Rate()
+def _compile(rule: Rule, slot: int, link: Link, outputs: Iterable[OutputPlan], own: Own) -> PutRule:
+    """On the loopback interface everything comes from an address of ours, so there it says nothing."""
+    origin, rate = rule.from_, rule.rate or _NO_RATE
+    family = origin.address.version
     group_low, group_high = _range(origin.address)
-    any_source = 0, 2**origin.address.max_prefixlen - 1
-    source_low, source_high = _range(origin.source) if origin.source else any_source
+    source_low, source_high = (
+        _range(origin.source) if origin.source else (0, (1 << origin.address.max_prefixlen) - 1)
+    )
     return PutRule(
         rule=slot,
-        ifindex=ifindex,
+        ifindex=link.ifindex,
         vlan=origin.vlan or 0,
-        family=origin.address.version,
+        family=family,
         group_low=group_low,
         group_high=group_high,
         port_low=origin.ports.low,
@@ -225,17 +245,23 @@ def _compile(rule: Rule, slot: int, ifindex: int) -> PutRule:
         source_high=source_high,
         pps=rate.packets,
         bps=rate.bits,
-        own=(),
-        outputs=(),
+        own=() if rule.allow_loop or link.loopback else own[family],
+        outputs=tuple([output.compiled for output in outputs if output.compiled and output.state == UP]),
     )
 
 
 def _range(network: Network) -> tuple[int, int]:
-    return int(network.network_address), int(network.broadcast_address)
+    low = int(network.network_address)
+    return low, low + _size(network) - 1
+
+
+def _size(network: Network) -> int:
+    """Its `num_addresses`, which makes an object for each network."""
+    return 1 << network.max_prefixlen - network.prefixlen
 
 
 def _plan_output(rule: Rule, output: Output, slots: Slots, links: LinkTable, ids: EgressIds) -> OutputPlan:
-    text = str(output)
+    text = output.text
     link = links.by_name.get(output.interface)
     state = _link_state(output.interface, link)
     if link is None:
@@ -261,31 +287,12 @@ def _plan_output(rule: Rule, output: Output, slots: Slots, links: LinkTable, ids
 # ---- and what becomes of a plan, given what could be opened -----------------------------------------
 
 
-def own_sources(plans: Iterable[RulePlan], links: LinkTable) -> dict[int, tuple[int, ...]]:
-    """By family, the addresses that this relay sends from, as integers in order."""
-    found: dict[int, set[int]] = {4: set(), 6: set()}
-    senders = {(output.interface, output.source) for plan in plans for output in plan.rule.to}
-    for interface, source in senders:
-        link = links.by_name.get(interface)
-        if link is not None and source == "egress":
-            found[4] |= {int(IPv4Address(address)) for address in link.ipv4}
-            found[6] |= {int(IPv6Address(address)) for address in link.ipv6}
-        elif not isinstance(source, str):
-            found[source.version].add(int(source))
-    return {family: tuple(sorted(addresses)) for family, addresses in found.items()}
-
-
-def in_force(plan: RulePlan, have: AbstractSet[Resource], own: Mapping[int, tuple[int, ...]]) -> PutRule | None:
-    """The rule for the workers with the outputs that are there, if any; None when it has no ring.
-
-    On the loopback interface everything comes from an address of ours, so there it says nothing.
-    """
+def in_force(plan: RulePlan, have: AbstractSet[Resource]) -> PutRule | None:
+    """The rule for the workers with the outputs that are there, if any; None when it has no ring."""
     if plan.compiled is None or plan.ingress not in have:
         return None
-    exempt = plan.rule.allow_loop or plan.loopback
-    sources = () if exempt else own[plan.compiled.family]
-    outputs = tuple(o.compiled for o in plan.outputs if o.compiled and o.state == UP and o.egress in have)
-    return replace(plan.compiled, outputs=outputs, own=sources)
+    here = tuple([o.compiled for o in plan.outputs if o.compiled and o.state == UP and o.egress in have])
+    return plan.compiled if len(here) == len(plan.compiled.outputs) else replace(plan.compiled, outputs=here)
 
 
 def output_state(output: OutputPlan, trouble: Mapping[Resource, str]) -> str:

@@ -146,7 +146,7 @@ class Why:
         of, family = self._of, rule.from_.address.version
         link = _link(rule.from_.interface, links)
         segment = of.segments.by_ifindex.get(link.ifindex)
-        own = own_sources(of.reconciler.plans, of.links)[family]
+        own = own_sources((plan.rule for plan in of.reconciler.plans), of.links)[family]
         return Facts(
             rule=rule,
             others=tuple(other.from_ for other in of.book.rules if other.name != rule.name),
