@@ -27,11 +27,12 @@ from mrelay.kernel.packet import ETH_P_ALL
 from mrelay.messages import (
     Commit,
     Committed,
-    DropRule,
+    DropRules,
     Granted,
     Message,
     OpenEgress,
     PutRule,
+    PutRules,
     RuleOutput,
     Stop,
     Sync,
@@ -39,7 +40,7 @@ from mrelay.messages import (
 )
 from mrelay.pulse import INTERVAL, Pulse
 from mrelay.supervisor.children import Child, Process
-from mrelay.wire import MAX_MESSAGE, Channel, decode, encode
+from mrelay.wire import MAX_MESSAGE, Channel, decode
 
 NOBODY: Final = 65534
 IN_TIME: Final = 10.0  # seconds; what takes longer on any machine is a failure of the experiment itself
@@ -80,7 +81,7 @@ def digest(rules: Mapping[int, PutRule], cookies: Mapping[int, bytes]) -> bytes:
     """What a worker's whole state comes to: its rules by slot, and which sockets it has for which output."""
     total = hashlib.sha256()
     for _, put in sorted(rules.items()):
-        total.update(encode(put))
+        total.update(repr(put).encode())
     for output, cookie in sorted(cookies.items()):
         total.update(b"%d=%s" % (output, cookie))
     return total.hexdigest().encode()
@@ -297,10 +298,10 @@ class _Worker:
 
     def _take(self, message: Message, fds: list[int]) -> None:
         match message:
-            case PutRule():
-                self._incoming[message.rule] = message
-            case DropRule(slot):
-                self._incoming[slot] = None
+            case PutRules(rules):
+                self._incoming |= {put.rule: put for put in rules}
+            case DropRules(slots):
+                self._incoming |= dict.fromkeys(slots)
             case Commit(generation, whole):
                 changed = ({} if whole else self._rules) | self._incoming
                 self._rules = {slot: put for slot, put in changed.items() if put is not None}

@@ -19,7 +19,7 @@ from mrelay.messages import (
     Commit,
     Committed,
     Done,
-    DropRule,
+    DropRules,
     Failed,
     Grant,
     Listen,
@@ -29,6 +29,7 @@ from mrelay.messages import (
     OpenTap,
     Outcome,
     PutRule,
+    PutRules,
     Ready,
     Refusal,
     Release,
@@ -96,10 +97,10 @@ class FakeWorker:
 
     def _receive(self, message: Message, fds: list[int]) -> None:
         assert not fds
-        if isinstance(message, PutRule):
-            self.incoming[message.rule] = message
-        elif isinstance(message, DropRule):
-            self.incoming[message.rule] = None
+        if isinstance(message, PutRules):
+            self.incoming |= {rule.rule: rule for rule in message.what}
+        elif isinstance(message, DropRules):
+            self.incoming |= dict.fromkeys(message.slots)
         elif isinstance(message, Commit):
             self._commit(message)
         elif isinstance(message, Sync):

@@ -18,7 +18,7 @@ from pyroute2 import IPRoute
 
 from mrelay.counters import Counters
 from mrelay.demo.topology import Namespace
-from mrelay.messages import Commit, Granted, Message, OpenIngress, PutRule, Stop, Sync, WorkerSetup
+from mrelay.messages import Commit, Granted, Message, OpenIngress, PutRule, PutRules, Stop, Sync, WorkerSetup
 from mrelay.pulse import INTERVAL, SIZE
 from mrelay.supervisor import backoff
 from mrelay.supervisor.children import Child, end_all, new_counters
@@ -104,10 +104,10 @@ def long_work(flows: int, core: int) -> Working:
         worker.say(Sync(1))
         worker.answer()
         start = cpu_seconds(worker.pid)
-        worker.say(_rule(0, flows), Commit(1, whole=True))
+        worker.say(PutRules((_rule(0, flows),)), Commit(1, whole=True))
         took_over = _watch("taking them over after a restart", worker)
         worker.answer()
-        worker.say(_rule(1, flows), Commit(2, whole=False))
+        worker.say(PutRules((_rule(1, flows),)), Commit(2, whole=False))
         routed = _watch("routing them anew", worker)
         worker.answer()
         before, watched = cpu_seconds(worker.pid), 2 * INTERVAL
@@ -208,5 +208,6 @@ def _bind(worker: ProductWorker, resources: Resources, ifindex: int) -> None:
     ingress = OpenIngress(ifindex, 256)
     worker.introduce()
     worker.tell(Granted((ingress,), used=False), resources.open(ingress).fds(0))
-    worker.say(dataclasses.replace(rule(0), ifindex=ifindex, outputs=()), Commit(1, whole=True))
+    put = dataclasses.replace(rule(0), ifindex=ifindex, outputs=())
+    worker.say(PutRules((put,)), Commit(1, whole=True))
     worker.answer()

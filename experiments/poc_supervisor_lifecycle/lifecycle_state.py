@@ -9,7 +9,7 @@ import socket
 import time
 from typing import Final, NamedTuple
 
-from mrelay.messages import Commit, Committed, DropRule, Granted, Message, OpenEgress, PutRule
+from mrelay.messages import Commit, Committed, DropRules, Granted, Message, OpenEgress, PutRule, PutRules
 from mrelay.wire import Channel, decode, encode
 from processes import Trial, cookie, digest, rule, running
 
@@ -58,8 +58,8 @@ class Master:
 
     def tell(self, worker: Trial, share: float = 1.0) -> None:
         """What it does not know, or a `share` of that; not in force yet."""
-        gone: list[Message] = [DropRule(slot) for slot in self._told.keys() - self.rules.keys()]
-        new = [put for slot, put in self.rules.items() if self._told.get(slot) != put]
+        gone: list[Message] = [DropRules((slot,)) for slot in self._told.keys() - self.rules.keys()]
+        new = [PutRules((put,)) for slot, put in self.rules.items() if self._told.get(slot) != put]
         messages = [*gone, *new]
         for message in messages[: int(len(messages) * share)]:
             worker.tell(message)
@@ -130,7 +130,7 @@ def room(*, forced: bool) -> int:
         if forced:
             Channel(ours)
         ours.setblocking(False)
-        data, count = encode(rule(1)), 0
+        data, count = encode(PutRules((rule(1),))), 0
         try:
             while True:
                 ours.send(data)

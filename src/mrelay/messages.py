@@ -4,12 +4,14 @@ Owns the only table of what may be said between roles; every role uses it, throu
 only, because the supervisor imports it. A message is a frozen dataclass. Nothing here blocks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 VERSION: Final = 1
-AT_ONCE: Final = 32  # resources in one message, with two descriptors each at most
+AT_ONCE: Final = 32  # resources in one message, with two descriptors each at most; or rules
+WEIGHT: Final = 256  # outputs and addresses of the rules in one message: each is 200 bytes at most on the wire
+T = TypeVar("T")
 
 
 # ---- what control asks of the supervisor: each names one kernel object, and is its key ------------
@@ -404,7 +406,7 @@ class RuleOutput:
 
 @dataclass(frozen=True, slots=True)
 class PutRule:
-    """Control to worker: add or replace the rule of counter slot `rule`, from the next Commit on.
+    """A rule as an engine needs it, of counter slot `rule`.
 
     Addresses are integers in closed ranges; `vlan` 0 means untagged; `family` is 4 or 6. `pps` datagrams and
     `bps` bits of payload are what it passes in a second, 0 meaning all. A flow from an address in `own` is our
@@ -428,15 +430,22 @@ class PutRule:
 
 
 @dataclass(frozen=True, slots=True)
-class DropRule:
-    """Control to worker: remove the rule of this slot, from the next Commit on."""
+class PutRules:
+    """Control to worker: add or replace these rules, from the next Commit on; so many as rule_parts says."""
 
-    rule: int
+    what: tuple[PutRule, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DropRules:
+    """Control to worker: remove the rules of these slots, from the next Commit on."""
+
+    slots: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Control to worker: the PutRule and DropRule since the last Commit take effect together now.
+    """Control to worker: the PutRules and DropRules since the last Commit take effect together now.
 
     `whole`: they are all the rules there are; any other is dropped.
     """
@@ -478,12 +487,27 @@ Message = (
     Status | LogLevel
     | Grant | Release | Listen | ListenTcp | StartWorkers | ProbeNeighbour | OpenTap | CloseTap | Quit | Ready
     | Outcome | Done | Listening | ListeningTcp | Tapped | Failed | Setup | Held
-    | WorkerUp | FastPath | XdpTargets | WorkerDown | Reload | WorkerSetup | Granted | Revoked | Stop | PutRule
-    | DropRule | Commit | Committed | Sync | Synced
+    | WorkerUp | FastPath | XdpTargets | WorkerDown | Reload | WorkerSetup | Granted | Revoked | Stop | PutRules
+    | DropRules | Commit | Committed | Sync | Synced
 )  # fmt: skip
 
 
-def parts(what: Sequence[Resource]) -> Iterator[tuple[Resource, ...]]:
-    """So many at a time as one message takes."""
+def parts(what: Sequence[T]) -> Iterator[tuple[T, ...]]:
+    """So many resources or slots at a time as one message takes."""
     for start in range(0, len(what), AT_ONCE):
         yield tuple(what[start : start + AT_ONCE])
+
+
+def rule_parts(rules: Iterable[PutRule]) -> Iterator[tuple[PutRule, ...]]:
+    """The same of rules, of which one may be many times as long as another."""
+    part: list[PutRule] = []
+    weight = 0
+    for rule in rules:
+        weighs = len(rule.outputs) + len(rule.own)
+        if part and (len(part) == AT_ONCE or weight + weighs > WEIGHT):
+            yield tuple(part)
+            part, weight = [], 0
+        part.append(rule)
+        weight += weighs
+    if part:
+        yield tuple(part)

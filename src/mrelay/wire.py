@@ -18,7 +18,7 @@ import typing
 from collections.abc import Callable
 from typing import Any, Final, Union
 
-from mrelay.messages import VERSION, Message, Refusal, Resource, RuleOutput, TapFilter
+from mrelay.messages import VERSION, Message, PutRule, Refusal, Resource, RuleOutput, TapFilter
 
 MAX_MESSAGE: Final = 128 * 1024  # bytes; below the default net.core.wmem_max, so a send never fails for size
 MAX_FDS: Final = 64
@@ -30,7 +30,8 @@ class BadMessage(Exception):
 
 
 _CLASSES: Final[dict[str, type]] = {
-    c.__name__: c for c in (*typing.get_args(Message), *typing.get_args(Resource), Refusal, RuleOutput, TapFilter)
+    c.__name__: c
+    for c in (*typing.get_args(Message), *typing.get_args(Resource), Refusal, PutRule, RuleOutput, TapFilter)
 }
 _SENDABLE: Final = frozenset(typing.get_args(Message))
 _NAMES: Final = {c: tuple(field.name for field in dataclasses.fields(c)) for c in _CLASSES.values()}

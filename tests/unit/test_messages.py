@@ -2,18 +2,21 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mrelay.messages import (
+    AT_ONCE,
     Grant,
     JoinGroup,
     LogLevel,
     OpenEgress,
     Outcome,
     PutRule,
+    PutRules,
     Refusal,
     RuleOutput,
     Setup,
@@ -21,16 +24,21 @@ from mrelay.messages import (
     Stop,
     Sync,
     WorkerUp,
+    rule_parts,
 )
-from mrelay.wire import BadMessage, Channel, channel_pair, decode, encode
+from mrelay.wire import MAX_MESSAGE, BadMessage, Channel, channel_pair, decode, encode
 
+RULE = PutRule(
+    1, 2, 0, 6, 2**127, 2**128 - 1, 1, 2, 3, 4, 5, 6, (7,), (RuleOutput(0, 1, 2, None, None, 0, -1, True),)
+)
+LONG = RuleOutput(
+    (1 << 31) - 1, (1 << 31) - 1, (1 << 31) - 1, "ff3e:ffff:ffff:ffff:ffff:ffff:ffff:ffff", 65535, 255, 63, False
+)
 EXAMPLES = [
     Grant(1, (JoinGroup(3, "239.1.1.1", None), OpenEgress(4, 3, 6, "ff3e::1", 5000, "keep", 0))),
     Outcome(1, (Refusal(1, 99, "no such address", "add it"),)),
     Setup(None, "/var/lib/mrelay", "auto", None, 0, False),
-    PutRule(
-        1, 2, 0, 6, 2**127, 2**128 - 1, 1, 2, 3, 4, 5, 6, (7,), (RuleOutput(0, 1, 2, None, None, 0, -1, True),)
-    ),
+    PutRules((RULE, RULE)),
     WorkerUp(0, 1, 2, 3, 4),
     Stop(),
     LogLevel("worker", "debug"),
@@ -41,6 +49,15 @@ EXAMPLES = [
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
 def test_round_trip(message: Stop) -> None:
     assert decode(encode(message)) == message
+
+
+@given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), max_size=70))
+def test_rules_in_parts_are_the_same_rules_and_fit_into_messages(lengths: list[tuple[int, int]]) -> None:
+    rules = [replace(RULE, own=(2**128 - 1,) * own, outputs=(LONG,) * outputs) for own, outputs in lengths]
+    made = list(rule_parts(rules))
+    assert [rule for part in made for rule in part] == rules
+    assert all(0 < len(part) <= AT_ONCE for part in made)
+    assert all(len(encode(PutRules(part))) <= MAX_MESSAGE for part in made)
 
 
 @given(st.binary(max_size=200))

@@ -7,7 +7,18 @@ from dataclasses import dataclass
 
 import pytest
 
-from mrelay.messages import Commit, Committed, DropRule, Message, PutRule, RuleOutput, Sync, Synced, WorkerSetup
+from mrelay.messages import (
+    Commit,
+    Committed,
+    DropRules,
+    Message,
+    PutRule,
+    PutRules,
+    RuleOutput,
+    Sync,
+    Synced,
+    WorkerSetup,
+)
 from mrelay.model.ruleset import rules_digest
 from mrelay.pulse import Pulse
 from mrelay.supervisor.children import new_counters, shared_memory
@@ -79,48 +90,56 @@ def scene() -> Iterator[Scene]:
         sock.close()
 
 
+def put(*rules: PutRule) -> PutRules:
+    return PutRules(rules)
+
+
 def digest(*rules: PutRule) -> int:
     return rules_digest(rules)
 
 
 def test_it_says_the_digest_of_what_is_in_force(scene: Scene) -> None:
-    assert scene.tell(rule(0), rule(1), Sync(7)) == [Synced(7, 0, digest())]
+    assert scene.tell(put(rule(0), rule(1)), Sync(7)) == [Synced(7, 0, digest())]
     assert scene.tell(Commit(1, True)) == [Committed(1, "sendmmsg", digest(rule(0), rule(1)))]
-    assert scene.tell(DropRule(0), rule(1, 6000), Commit(2, False)) == [
+    assert scene.tell(DropRules((0,)), put(rule(1, 6000)), Commit(2, False)) == [
         Committed(2, "sendmmsg", digest(rule(1, 6000)))
     ]
     assert scene.tell(Sync(8)) == [Synced(8, 2, digest(rule(1, 6000)))]
 
 
 def test_a_whole_commit_drops_what_it_does_not_say(scene: Scene) -> None:
-    scene.tell(rule(0), rule(1), Commit(1, True))
-    assert scene.tell(rule(2), Commit(2, False)) == [Committed(2, "sendmmsg", digest(rule(0), rule(1), rule(2)))]
-    assert scene.tell(rule(1), Commit(3, True)) == [Committed(3, "sendmmsg", digest(rule(1)))]
+    scene.tell(put(rule(0), rule(1)), Commit(1, True))
+    assert scene.tell(put(rule(2)), Commit(2, False)) == [
+        Committed(2, "sendmmsg", digest(rule(0), rule(1), rule(2)))
+    ]
+    assert scene.tell(put(rule(1)), Commit(3, True)) == [Committed(3, "sendmmsg", digest(rule(1)))]
 
 
 def test_a_rule_set_that_drifted_shows_and_a_whole_commit_mends_it(scene: Scene) -> None:
-    scene.tell(rule(0), rule(1), Commit(1, True))
+    scene.tell(put(rule(0), rule(1)), Commit(1, True))
     scene.worker.rules.drop(0)
     assert scene.tell(Sync(1)) == [Synced(1, 1, digest(rule(1)))]
-    assert scene.tell(rule(0), rule(1), Commit(2, True)) == [Committed(2, "sendmmsg", digest(rule(0), rule(1)))]
+    assert scene.tell(put(rule(0), rule(1)), Commit(2, True)) == [
+        Committed(2, "sendmmsg", digest(rule(0), rule(1)))
+    ]
 
 
 def test_a_new_control_s_first_commit_is_not_taken_for_the_old_one_s(scene: Scene) -> None:
-    scene.tell(rule(0), Commit(1, True))
+    scene.tell(put(rule(0)), Commit(1, True))
     scene.new_control()
     assert scene.tell(Sync(1)) == [Synced(1, 0, digest(rule(0)))], "rules stay in force, of no Commit of its"
-    assert scene.tell(rule(1), Commit(1, True)) == [Committed(1, "sendmmsg", digest(rule(1)))]
+    assert scene.tell(put(rule(1)), Commit(1, True)) == [Committed(1, "sendmmsg", digest(rule(1)))]
 
 
 def test_long_lists_of_rules_do_not_look_like_a_hang(scene: Scene) -> None:
     before = scene.beats()
-    scene.tell(*(rule(slot) for slot in range(100)))
+    scene.tell(*(put(rule(slot)) for slot in range(100)))
     assert scene.beats() - before >= 100
 
 
 def test_control_s_messages_take_turns_with_the_rings(scene: Scene) -> None:
     for slot in range(10):
-        scene.control.send(rule(slot))
+        scene.control.send(put(rule(slot)))
     assert scene.worker.control is not None
     scene.worker._drain(scene.worker.control, 4)
     assert sorted(scene.worker._incoming) == [0, 1, 2, 3]
@@ -138,7 +157,7 @@ def test_a_message_that_is_not_for_it_ends_it(scene: Scene) -> None:
 
 
 def test_nothing_is_said_to_a_control_that_is_gone(scene: Scene) -> None:
-    scene.tell(rule(0), Commit(1, True))
+    scene.tell(put(rule(0)), Commit(1, True))
     assert isinstance(scene.control.sock, socket.socket)
     scene.control.close()
     assert scene.worker.control is not None

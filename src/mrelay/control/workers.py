@@ -21,8 +21,21 @@ import numpy as np
 from mrelay.control.channel import AsyncChannel
 from mrelay.control.slots import Counts
 from mrelay.counters import Counters
-from mrelay.messages import Commit, Committed, DropRule, Message, PutRule, Sync, Synced, WorkerDown, WorkerUp
-from mrelay.model.ruleset import rules_digest
+from mrelay.messages import (
+    Commit,
+    Committed,
+    DropRules,
+    Message,
+    PutRule,
+    PutRules,
+    Sync,
+    Synced,
+    WorkerDown,
+    WorkerUp,
+    parts,
+    rule_parts,
+)
+from mrelay.model.ruleset import DIGEST_MASK, rules_digest
 from mrelay.wire import BadMessage
 
 log = logging.getLogger(__name__)
@@ -126,7 +139,7 @@ class Workers:
     async def put(self, rules: Mapping[int, PutRule]) -> None:
         """Make every live worker run exactly these rules, by slot; returns at the deadline if need be."""
         generation = self._order.generation + 1
-        self._order = Order(generation, dict(rules), rules_digest(rules.values()))
+        self._order = Order(generation, dict(rules), _digest(self._order, rules))
         due = [worker for worker in self.live() if worker.fresh or worker.told.rules != rules]
         answers = {_await(worker, Committed, generation): worker for worker in due}
         for worker in due:
@@ -205,16 +218,23 @@ def _two_or_three(fds: list[int]) -> tuple[int, int, int | None]:
     return fds[0], fds[1], fds[2] if len(fds) == 3 else None
 
 
+def _digest(before: Order, rules: Mapping[int, PutRule]) -> int:
+    """That of the rules, from that of the rules before."""
+    old = before.rules
+    gone = rules_digest(rule for slot, rule in old.items() if rules.get(slot) is not rule)
+    new = rules_digest(rule for slot, rule in rules.items() if old.get(slot) is not rule)
+    return before.digest - gone + new & DIGEST_MASK
+
+
 def _tell(worker: Worker, order: Order) -> None:
     """Send what makes the worker's rules those of the order, and the Commit."""
     if worker.channel is None:
         return
     old = {} if worker.fresh else worker.told.rules
-    for slot in old.keys() - order.rules.keys():
-        worker.channel.send(DropRule(slot))
-    for slot, rule in order.rules.items():
-        if old.get(slot) != rule:
-            worker.channel.send(rule)
+    for slots in parts([slot for slot in old if slot not in order.rules]):
+        worker.channel.send(DropRules(slots))
+    for rules in rule_parts(rule for slot, rule in order.rules.items() if old.get(slot) != rule):
+        worker.channel.send(PutRules(rules))
     worker.channel.send(Commit(order.generation, worker.fresh))
     worker.told, worker.fresh = order, False
 

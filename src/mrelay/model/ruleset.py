@@ -89,11 +89,13 @@ def rules_digest(rules: Iterable[PutRule]) -> int:
 class RuleSet:
     """The rules in force. `put` and `drop` change it; a rule's slot is its identity and its rank.
 
-    `digest` is `rules_digest` of them all, kept as they change.
+    `digest` is `rules_digest` of them all, taken of what changed since it was last asked for.
     """
 
     def __init__(self) -> None:
-        self.digest = 0
+        self._digest = 0
+        self._came: list[PutRule] = []  # and `_went`: since the digest was taken
+        self._went: list[PutRule] = []
         self._rules: dict[int, PutRule] = {}
         self._exact: dict[tuple[int, int, int], set[int]] = defaultdict(set)
         self._wide: dict[tuple[int, int], set[int]] = defaultdict(set)
@@ -108,13 +110,19 @@ class RuleSet:
         self.drop(rule.rule)
         self._rules[rule.rule] = rule
         self._bucket(rule).add(rule.rule)
-        self.digest = (self.digest + rule_digest(rule)) & DIGEST_MASK
+        self._came.append(rule)
 
     def drop(self, slot: int) -> None:
         rule = self._rules.pop(slot, None)
         if rule is not None:
             self._bucket(rule).discard(slot)
-            self.digest = (self.digest - rule_digest(rule)) & DIGEST_MASK
+            self._went.append(rule)
+
+    @property
+    def digest(self) -> int:
+        self._digest = self._digest + rules_digest(self._came) - rules_digest(self._went) & DIGEST_MASK
+        self._came, self._went = [], []
+        return self._digest
 
     def _bucket(self, rule: PutRule) -> set[int]:
         if rule.group_low == rule.group_high:

@@ -9,13 +9,15 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mrelay.counters import LOOP, NO_OUTPUT, NO_RULE, Counters, sound_keys
+from mrelay.messages import PutRule
 from mrelay.model.ruleset import NOWHERE, RETURNED, FlowKey, Route, RuleSet, address_text
 from mrelay.worker.egress import Egress, Entry
 from mrelay.worker.fastpath import FastPath
@@ -350,19 +352,22 @@ class FlowTable:
         counters.keys[:, slot] = 0
         self._free.append(slot)
 
-    def rules_changed(self, touched: RuleSet) -> None:
+    def rules_changed(self, touched: Iterable[PutRule]) -> None:
         """Route anew the flows to addresses that `touched` names (old and new forms of what changed)."""
         self.fold()
         self.limits.follow(self.rules)
         if self.fast is not None:
             self.fast.limits(self.limits.rules)
         flows = [(slot, flow) for slot, flow in enumerate(self.flows) if flow is not None]
-        if self.routes.end > 2 * sum(len(flow.entries) for _, flow in flows) + 1024:
+        crowded = self.routes.end > 2 * sum(len(flow.entries) for _, flow in flows) + 1024
+        if crowded:
             self._reset_routes()
-            touched = self.rules
+        named = RuleSet()
+        for number, rule in enumerate(touched if flows and not crowded else ()):
+            named.put(replace(rule, rule=number))  # two forms of a rule have one slot
         for slot, flow in flows:
             key = flow.key
-            if touched is self.rules or touched.names(key.ifindex, key.family, key.group):
+            if crowded or named.names(key.ifindex, key.family, key.group):
                 self._beat()
                 self._route(slot, key)
 

@@ -4,15 +4,13 @@ Owns the process. Blocks in poll only. The supervisor's messages are read before
 is here before the rule that uses it. A bad message, or the supervisor's end, ends the process.
 """
 
-import dataclasses
 import gc
-import itertools
 import logging
 import os
 import select
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -25,7 +23,7 @@ from mrelay.kernel.packet import LONG_SLOTS
 from mrelay.messages import (
     Commit,
     Committed,
-    DropRule,
+    DropRules,
     FastPath,
     Granted,
     LogLevel,
@@ -33,6 +31,7 @@ from mrelay.messages import (
     OpenEgress,
     OpenIngress,
     PutRule,
+    PutRules,
     Revoked,
     Stop,
     Sync,
@@ -57,7 +56,7 @@ log = logging.getLogger("mrelay.worker")
 SCALAR_MOST: Final = 32  # frames: up to here one by one is faster than a batch's fixed cost (D33)
 _ENOUGH: Final = 1024  # frames: a batch that is worth its fixed cost many times over (D33)
 _ROUNDS: Final = 16  # batches of one ring before the others, and the channels, get their turn
-_MESSAGES: Final = 64  # from control, before the rings get theirs
+_MESSAGES: Final = 2  # from control, with up to 32 rules each, before the rings get theirs
 _FLOWS: Final = 64  # of those that an earlier worker left, likewise
 _IDLE: Final = round(INTERVAL * 1000)  # ms
 _QUIET: Final = 5  # ms without a frame, after which those that were let in have long been sent on
@@ -149,10 +148,10 @@ class Worker:
 
     def _from_control(self, message: Message) -> None:
         match message:
-            case PutRule():
-                self._incoming[message.rule] = message
-            case DropRule(rule):
-                self._incoming[rule] = None
+            case PutRules(rules):
+                self._incoming |= {rule.rule: rule for rule in rules}
+            case DropRules(slots):
+                self._incoming |= dict.fromkeys(slots)
             case Commit(generation, whole):
                 self._commit(whole=whole)
                 self._generation = generation
@@ -174,21 +173,19 @@ class Worker:
         if whole:
             gone = [r.rule for r in self.rules if r.rule not in self._incoming]
             self._incoming.update(dict.fromkeys(gone))
-        touched, number = RuleSet(), itertools.count()
+        touched: list[PutRule] = []
         for slot, rule in self._incoming.items():
             old = self.rules.get(slot)
             if old == rule:
                 continue
-            for form in (old, rule):
-                if form is not None:
-                    touched.put(dataclasses.replace(form, rule=next(number)))
+            touched += [form for form in (old, rule) if form is not None]
             self.rules.drop(slot)
             if rule is not None:
                 self.rules.put(rule)
         self._incoming = {}
         self._put_in_force(touched)
 
-    def _put_in_force(self, touched: RuleSet) -> None:
+    def _put_in_force(self, touched: Sequence[PutRule]) -> None:
         self.table.rules_changed(touched)
         if not self._committed:
             self._committed = True
