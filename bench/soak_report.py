@@ -11,6 +11,7 @@ import numpy as np
 TICKS: Final = os.sysconf("SC_CLK_TCK")
 GROWTH_KB: Final = 1024.0  # memory may grow by this much over the second half, and by
 GROWTH: Final = 0.03  # this share of itself: allocators settle, leaks of a long run do not stop there
+LEAST_SPAN: Final = 30.0  # seconds that memory is looked at: less shows how a fresh process settles, not a leak
 POOL: Final = 1 + min(32, (os.cpu_count() or 1) + 4)  # control and its thread pool, which fills as it is used
 CUT_SHORT: Final = 64  # datagrams that a killed worker may have sent twice or counted wrongly: its batch
 STEADY: Final = ("small", "large", "fragments", "many", "six")  # streams that nothing but kills may touch
@@ -107,7 +108,8 @@ def _flat(run: Run) -> list[Verdict]:
         growth = slope(at, pss) * span
         allowed = GROWTH_KB + GROWTH * float(np.median(pss))
         text = f"{growth:+.0f} kB in {span:.0f} s, at {np.median(pss):.0f} kB (allowed {allowed:.0f})"
-        found.append(_verdict(f"memory of {role} {pid} is flat", growth <= allowed, text))
+        if span >= LEAST_SPAN:
+            found.append(_verdict(f"memory of {role} {pid} is flat", growth <= allowed, text))
         for what in ("descriptors", "sockets", "threads"):
             counts = [getattr(s, what) for s in late]
             before, after = max(counts[: len(counts) // 2]), counts[-1]

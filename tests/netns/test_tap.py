@@ -224,6 +224,27 @@ def test_it_outlasts_a_flap(host: Namespace) -> None:
         assert list(tap.frames())
 
 
+def test_it_ends_when_its_interface_is_removed(host: Namespace) -> None:
+    with Listening(host, *ALL) as tap:
+        host.ip("link del v0")
+        assert asyncio.run(_left(Tap(tap.sock, MOST))) == []
+
+
+def test_it_ends_when_its_interface_was_elsewhere_meanwhile(lab: Lab, host: Namespace) -> None:
+    """It is back under its old number, and still nothing comes to this tap any more."""
+    other = lab.namespace("other")
+    with Listening(host, *ALL) as tap:
+        host.ip(f"link set v0 netns {other.name}")
+        other.ip(f"link set v0 netns {host.name}")
+        host.ip("link set v0 up")
+        assert asyncio.run(_left(Tap(tap.sock, MOST))) == []
+
+
+async def _left(tap: Tap) -> list[Frame]:
+    async with asyncio.timeout(10):
+        return [frame async for frame in tap]
+
+
 def test_the_supervisor_opens_so_many_and_ends_them(host: Namespace) -> None:
     taps = Taps()
     with host.inside():

@@ -28,7 +28,7 @@ MOST_SEGMENTS: Final = 16  # interfaces that are listened to
 MOST_MEMBERS: Final = 4096  # (group, host) of one segment, those heard last
 FORGET: Final = 260.0  # seconds, RFC 3376 §8.4: who has not reported for so long is gone
 _SETTLE: Final = 1.0  # seconds: opening taps keeps the supervisor busy, and rules come first
-_AGAIN: Final = 60.0  # seconds until a tap that could not be opened is tried again
+_AGAIN: Final = 5.0  # seconds until a tap that could not be opened, or whose interface went, is tried again
 _PROTOCOL: Final = {4: "IGMPv", 6: "MLDv"}
 
 
@@ -136,7 +136,7 @@ class Segments:
                         group.create_task(self._hear(ifindex, family, segment))
             except* RequestFailed as errors:  # the interface is gone, or too many look at traffic
                 log.debug("interface %d: no memberships are heard: %s", ifindex, errors.exceptions[0])
-                self.by_ifindex.pop(ifindex, None)
+            self.by_ifindex.pop(ifindex, None)
             await asyncio.sleep(_AGAIN)
 
     async def _hear(self, ifindex: int, family: int, segment: Segment) -> None:

@@ -30,7 +30,7 @@ _PAUSE: Final = 0.001  # seconds of rest at least
 
 
 class Tap:
-    """An open tap: `async for frame in tap` goes on until it is cancelled or left.
+    """An open tap: `async for frame in tap` goes on until it is cancelled or left, or the interface is gone.
 
     `dropped`: frames that passed the filter and found the buffer full. `bad`: that could not be read.
     """
@@ -38,6 +38,7 @@ class Tap:
     def __init__(self, sock: socket.socket, snap: int) -> None:
         self._sock, self._buffer = sock, bytearray(VIRTIO_NET_HDR.size + snap)
         self._dropped = 0
+        self._deaf = False
         self.bad = 0
 
     @property
@@ -47,7 +48,7 @@ class Tap:
         return self._dropped
 
     async def __aiter__(self) -> AsyncIterator[Frame]:
-        while True:
+        while not self._deaf:
             await self._readable()
             started = time.thread_time()
             for frame in self._portion():
@@ -72,6 +73,7 @@ class Tap:
                 break
             except OSError as error:
                 if error.errno == errno.ENETDOWN:  # said once; frames come again when it is up
+                    self._deaf = tap.is_deaf(self._sock)
                     continue
                 frame = None
             if frame is None:

@@ -4,7 +4,9 @@ Owns a tap's filter, its options and how a frame is read from it. The supervisor
 CAP_NET_RAW), control reads them (`read`, needs nothing). Nothing here blocks.
 """
 
+import ctypes
 import mmap
+import os
 import socket
 import struct
 import sys
@@ -41,6 +43,7 @@ PACKET_AUXDATA: Final = 8
 PACKET_TX_RING: Final = 13
 PACKET_OUTGOING: Final = 4
 TPACKET_AUXDATA: Final = struct.Struct("=IIIHHHH")  # status len snaplen (u32), mac net vlan_tci vlan_tpid (u16)
+SOCKADDR_LL: Final = struct.Struct("=HHiHBB8s")  # family protocol ifindex hatype pkttype halen addr
 _SMALLEST_FRAME: Final = 64  # bytes: TPACKET_ALIGN(TPACKET_HDRLEN), which the kernel asks for at least
 
 # asm-generic/socket.h
@@ -65,6 +68,7 @@ IPPROTO_HOPOPTS: Final = 0  # with which every MLD message begins: RFC 3810 §5
 IPPROTO_FRAGMENT: Final = 44
 BUFFER: Final = 4 << 20  # bytes: some fifty merged frames, or two thousand others
 MOST: Final = 65535 + 256  # bytes: an IP packet, and any link-layer header
+_libc = ctypes.CDLL(None, use_errno=True)
 UNUSED: Final = 0x88B6  # linux/if_ether.h: IEEE 802 local experimental, which no filter of ours lets in
 
 
@@ -207,6 +211,16 @@ def open_tap(ifindex: int, program: Sequence[Insn], *, outgoing: bool, protocol:
         sock.close()
         raise
     return sock
+
+
+def is_deaf(sock: socket.socket) -> bool:
+    """Whether its interface was removed, or moved to another namespace: then nothing comes any more, even when it
+    is back under the same number. (A link that is down says the same ENETDOWN, and comes again.)
+    """
+    address, size = ctypes.create_string_buffer(SOCKADDR_LL.size), ctypes.c_uint32(SOCKADDR_LL.size)
+    if _libc.getsockname(sock.fileno(), address, ctypes.byref(size)):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return bool(SOCKADDR_LL.unpack(address.raw)[2] < 0)  # packet_notifier() in net/packet/af_packet.c
 
 
 def disarm(sock: socket.socket) -> None:
