@@ -2,7 +2,7 @@
 
 Owns which programs are experiments, how one is run from outside, and the exit status: 0 when every claim that
 could be shown held, 1 otherwise. Each runs alone, one after another, in a process group of its own that is gone
-afterwards. The tests use `discover`, `premises` and `run`. Blocks for as long as the experiments take.
+afterwards. The tests use `discover`, `run` and `unnoticed`. Blocks for as long as the experiments take.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn
 
@@ -28,6 +28,7 @@ from rich.table import Table
 from experiment import EX_FAILED, EX_LACKING, Claim
 
 HERE: Final = Path(__file__).resolve().parent
+TRIES: Final = 2  # the machine may be shared and slow for a moment
 _GRACE: Final = 5.0  # seconds to clear away after SIGINT
 _SHOWN_LINES: Final = 30  # of a crashed program's standard error
 _WIDTH: Final = 120  # of the table where there is no terminal
@@ -43,6 +44,7 @@ _COLOURS: Final[dict[State, str]] = {
 _EXAMPLES: Final = """examples:
   sudo .venv/bin/python experiments/run_all.py                 all of them (also: make experiments)
   sudo .venv/bin/python experiments/run_all.py --short         the form that the tests run
+  sudo .venv/bin/python experiments/run_all.py --break-each    and without each premise: does a claim fail then?
   sudo .venv/bin/python experiments/run_all.py --only igmp     those whose names contain igmp
   sudo .venv/bin/python experiments/run_all.py --json - | jq   verdicts, claims and figures for programs
 
@@ -101,6 +103,25 @@ def premises(program: Path) -> list[str]:
         [sys.executable, str(program), "--premises"], capture_output=True, text=True, check=True, timeout=60
     )
     return asked.stdout.split()
+
+
+def unnoticed(program: Path, whole: Result, timeout: float) -> list[str]:
+    """The premises without which no claim fails, in its short form, that held in `whole`; each is tried twice.
+
+    ValueError when a run without one comes to no verdict.
+    """
+    held = {claim.text for claim in whole.claims if claim.holds}
+    return [premise for premise in premises(program) if not _is_noticed(program, premise, held, timeout)]
+
+
+def _is_noticed(program: Path, premise: str, held: set[str], timeout: float) -> bool:
+    for _ in range(TRIES):
+        result = run(program, timeout, short=True, broken=premise)
+        if result.state not in ("holds", "fails"):
+            raise ValueError(f"{program.stem} without {premise}: {result.text}\n{result.stderr}")
+        if {claim.text for claim in result.failing} & held:
+            return True
+    return False
 
 
 def _wait(process: "subprocess.Popen[bytes]", timeout: float) -> bool:
@@ -205,6 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number, program in enumerate(programs, 1):
         console.print(f"{number}/{len(programs)}  {program.stem} …", style="dim", end="")
         results.append(run(program, options.timeout, short=options.short))
+        if options.break_each and results[-1].state == "holds":
+            results[-1] = _without_each(program, results[-1], options.timeout)
         console.print(f" {results[-1].state}, {results[-1].seconds:.1f} s", style="dim")
     show(results, console)
     if options.json:
@@ -212,6 +235,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _ = sys.stdout.write(text) if options.json == "-" else Path(options.json).write_text(text)
     accepted = {"holds"} if options.strict else {"holds", "lacks"}
     return 0 if all(result.state in accepted for result in results) else EX_FAILED
+
+
+def _without_each(program: Path, result: Result, timeout: float) -> Result:
+    """The same result, or that of a premise which nobody would miss."""
+    begun = time.monotonic()
+    try:
+        missed = unnoticed(program, result, timeout)
+    except ValueError as error:
+        return replace(result, state="crashed", text=str(error).partition("\n")[0], stderr=str(error))
+    seconds = result.seconds + time.monotonic() - begun
+    if missed:
+        return replace(result, state="fails", text=f"no claim fails without {', '.join(missed)}", seconds=seconds)
+    return replace(result, seconds=seconds)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -223,6 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--short", action="store_true", help="the short form of each, as the tests run it")
+    add("--break-each", action="store_true", help="the short form without each premise, too: a claim must fail")
     add("--only", action="append", metavar="NAME", help="only those whose names contain NAME; may be repeated")
     add("--strict", action="store_true", help="exit 1 also when one lacks something that it needs")
     add("--timeout", type=float, default=120.0, metavar="SECONDS", help="for each (default %(default)g)")

@@ -1,6 +1,7 @@
-"""The experiments, in their short form: their claims hold here, and fail when a premise is taken away.
+"""The experiments that compare no times, in their short form: their claims hold here, and fail without a premise.
 
 Each is the program that `make experiments` runs; a kernel or library change that breaks a claim fails its test.
+Those that compare times need a machine of their own: `make experiments` alone runs them.
 """
 
 import functools
@@ -8,52 +9,38 @@ import sys
 from pathlib import Path
 
 import pytest
-from _pytest.mark import ParameterSet
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "experiments"))
-from run_all import Result, discover, premises, run
+from run_all import HERE, TRIES, Result, premises, run, unnoticed
 
 PATIENCE = 90.0  # seconds for one that takes 8 on an idle machine
 MOST_PREMISES = 6  # of one experiment
-TRIES = 2  # the machine may be shared and slow for a moment; what no longer holds fails twice
+PROGRAMS = [
+    HERE / "closure_passing_test.py",
+    HERE / "poc_closure_ownership.py",
+    *(HERE / name / f"{name}.py" for name in ("poc_fd_passing_privdrop", "poc_helper_socket_igmp")),
+    HERE / "poc_supervisor_lifecycle" / "poc_supervisor_lifecycle.py",
+]
 
 pytestmark = pytest.mark.netns
-SHARING = {  # claim nothing about time that other tests could take from them
-    *("closure_passing_test", "poc_closure_ownership", "poc_fd_passing_privdrop", "poc_helper_socket_igmp"),
-    "poc_supervisor_lifecycle",
-}
-
-
-def with_marks(program: Path) -> ParameterSet:
-    """One process runs all of an experiment's tests, and so the whole experiment only once."""
-    mark = pytest.mark.xdist_group(program.stem) if program.stem in SHARING else pytest.mark.alone
-    return pytest.param(program, marks=mark, id=program.stem)
-
-
-each_experiment = pytest.mark.parametrize("program", [with_marks(program) for program in discover()])
-
-
-def run_short(program: Path, broken: str | None = None) -> Result:
-    """A run that came to a verdict; skips by name where this host can't."""
-    result = run(program, PATIENCE, short=True, broken=broken)
-    if result.state == "lacks":
-        pytest.skip(f"{program.stem} needs {result.text}")
-    assert result.state in ("holds", "fails"), f"{result.state}: {result.text}\n{result.stderr}"
-    return result
+# One process runs both tests of an experiment, and so the whole experiment only once.
+each_experiment = pytest.mark.parametrize(
+    "program",
+    [pytest.param(path, marks=pytest.mark.xdist_group(path.stem), id=path.stem) for path in PROGRAMS],
+)
 
 
 @functools.cache
 def whole(program: Path) -> Result:
-    """With every premise in place."""
-    results = (run_short(program) for _ in range(TRIES))
-    result = next(results)
-    return result if not result.failing else next(results)
-
-
-def is_noticed(program: Path, premise: str, held: set[str]) -> bool:
-    """Whether a claim that held fails for want of this premise."""
-    failing = (run_short(program, premise).failing for _ in range(TRIES))
-    return any({claim.text for claim in claims} & held for claims in failing)
+    """With every premise in place; skips by name where this host can't."""
+    for _ in range(TRIES):
+        result = run(program, PATIENCE, short=True)
+        if result.state == "lacks":
+            pytest.skip(f"{program.stem} needs {result.text}")
+        assert result.state in ("holds", "fails"), f"{result.state}: {result.text}\n{result.stderr}"
+        if not result.failing:
+            break
+    return result
 
 
 @each_experiment
@@ -68,7 +55,5 @@ def test_its_claims_hold(program: Path) -> None:
 @pytest.mark.timeout(TRIES * MOST_PREMISES * PATIENCE)
 def test_each_of_its_premises_matters(program: Path) -> None:
     """Without it, a claim fails that held: the experiment would notice."""
-    can_be_broken = premises(program)
-    assert 0 < len(can_be_broken) < MOST_PREMISES
-    held = {claim.text for claim in whole(program).claims if claim.holds}
-    assert [premise for premise in can_be_broken if not is_noticed(program, premise, held)] == []
+    assert 0 < len(premises(program)) < MOST_PREMISES
+    assert unnoticed(program, whole(program), PATIENCE) == []

@@ -171,6 +171,12 @@ def test_a_premise_taken_away(tmp_path: Path) -> None:
     assert run(program, 30, broken="snow").state == "crashed"
 
 
+def test_a_premise_that_nobody_misses(tmp_path: Path) -> None:
+    done = run_all(fake(tmp_path, poc_one=ONE_CLAIM), "--break-each")
+    assert done.returncode == 1
+    assert "FAILS no claim fails without sun" in done.stdout
+
+
 def test_what_is_an_experiment(tmp_path: Path) -> None:
     for name in (
         "poc_x/poc_x.py",
