@@ -10,8 +10,8 @@ DEV     := .venv/.dev-ready
 PAGE    := .venv/.page-ready
 # Root runs as is; others through sudo, which must not leave root-owned files in the tree.
 ROOT    := $(if $(filter 0,$(shell id -u)),,sudo -n env PYTHONDONTWRITEBYTECODE=1)
-# One test a core at a time, but no more than four: every relay has a worker for each core.
-PYTEST  := $(VENV)/pytest --numprocesses auto --maxprocesses 4
+# As many at a time as tests/conftest.py says.
+PYTEST  := $(VENV)/pytest --numprocesses auto
 ARGS    ?=
 INPUTS  ?= 1200000
 MINUTES ?= 0

@@ -54,6 +54,14 @@ def why_no_netns() -> str | None:
     return f"needs {', '.join(missing)}, which this root lacks (a container?)" if missing else None
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """How many tests run at a time: more than processors, since most wait for something most of the time.
+
+    No more than six: every relay has a worker for each processor.
+    """
+    return min(6, (os.cpu_count() or 1) * 3 // 2 + 1)
+
+
 def is_alone(item: pytest.Item) -> bool:
     return item.get_closest_marker("alone") is not None
 

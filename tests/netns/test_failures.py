@@ -1,6 +1,7 @@
 """Processes that hang, keep dying, are of another version; interfaces that go: what it costs, and what is said."""
 
 import os
+import re
 import select
 import shutil
 import signal
@@ -174,7 +175,7 @@ def test_a_crash_loop_is_said_once_and_shown_and_the_rest_goes_on(lab: Lab) -> N
         Sender(star.source) as sender,
         Relay(star.relay, config, arguments=["--workers", core_list()]) as relay,
     ):
-        kill_until(relay, "crash loop (signal SIGKILL): next try in ")
+        kill_until(relay, r"crash loop \(signal SIGKILL\): next try in ")
         assert relay.stderr.count("worker 0: crash loop (signal SIGKILL)") == 1
         assert "It is tried again every 30 s; everything else goes on." in relay.stderr
         other = relay.workers()[1]
@@ -188,13 +189,13 @@ def test_a_crash_loop_is_said_once_and_shown_and_the_rest_goes_on(lab: Lab) -> N
 
 
 def kill_until(relay: Relay, state: str) -> None:
-    """Kill worker 0 as soon as it is there, until it is said to be in this state."""
+    """Kill worker 0 as soon as it is there, until its state begins with this (a regular expression)."""
 
     def look() -> bool:
         found = relay.workers()[0]
         if found["pid"] is not None:
             os.kill(found["pid"], signal.SIGKILL)
-        return bool(found["state"].startswith(state))
+        return re.match(state, found["state"]) is not None
 
     eventually(look, state, 40)
 
