@@ -236,6 +236,7 @@ def test_from_other_hosts_nothing_is_changed(star: Star) -> None:
         assert f"cannot listen at 10.77.0.1:{PORT}" in relay.stderr
         assert "tokens and answers cross the network in the clear" in relay.stderr
         star.source.ip("address add 10.77.0.1/32 dev lo")
+        eventually((relay.state_dir / "tokens").exists, "tokens, for want of which nobody waits to be ready")
         tokens = tokens_of(relay)
 
         def look(kind: str) -> Answer | None:
