@@ -147,8 +147,9 @@ def _load(setup: Setup, peer: Peer, section: Section, case: Case) -> Figures:
 
 
 def _learn(bench: _Bench) -> None:
-    """Each flow is seen, at a rate at which new ones are taken, until all come out: a relay that still learns under
-    load would be measured at that.
+    """Each flow is seen, at a rate at which new ones are taken, until all come out.
+
+    A relay that still learns under load would be measured at that.
     """
     seconds = max(0.5, 1.1 * bench.case.flows / LEARN_RATE)
     for _ in range(MOST_LESSONS):
