@@ -309,8 +309,11 @@ def _spacing(setup: Setup, peer: Peer, case: Case) -> list[Outcome]:
 
 
 def _changes(setup: Setup, peer: Peer, case: Case) -> Figures:
-    """Time until an added rule forwards; datagrams lost across reload and restart."""
-    with _bench(setup, peer, case) as bench:
+    """Time until an added rule forwards; datagrams lost across reload and restart.
+
+    No threads for NAPI: on the relay's core they would have to share it with what starts there.
+    """
+    with _bench(setup, peer, case, threads=False) as bench:
         figures: Figures = {}
         if peer.add:
             delays = sorted(_until_forwarded(bench, number) for number in range(1, ADDED + 1))
