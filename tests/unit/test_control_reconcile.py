@@ -3,11 +3,12 @@
 import asyncio
 import errno
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from ipaddress import IPv4Address
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -21,7 +22,7 @@ from mrelay.control.routes import Hop, NextHops
 from mrelay.control.rulebook import Rulebook
 from mrelay.control.state import State, StateFile
 from mrelay.control.stats import RuleStates
-from mrelay.control.want import UP, Settings, rule_state
+from mrelay.control.want import UP, RulePlan, Settings, plan_rules, rule_state
 from mrelay.messages import (
     AttachXdp,
     Committed,
@@ -152,6 +153,30 @@ def test_what_was_made_of_a_rule_is_kept_while_the_rule_is() -> None:
             (before,) = it.reconciler.running
             await it.rules(rule(), rule("b", A, "eth1:239.3.3.3:6000"))
             assert it.reconciler.running[0] is before
+
+    run(work)
+
+
+def test_plans_are_made_anew_when_a_link_changes_while_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconcile, "PART", 1)
+
+    async def work() -> None:
+        async with scene() as it:
+            await it.settle()
+
+            def change() -> None:
+                it.links.update([ETH0, replace(ETH1, up=False)])
+                it.reconciler.links_changed()
+
+            def plan_first(rules: Sequence[Rule], *facts: Any) -> list[RulePlan]:
+                if rules[0].name == "a" and it.links.by_name["eth1"].up:
+                    asyncio.get_running_loop().call_soon(change)
+                return plan_rules(rules, *facts)
+
+            monkeypatch.setattr(reconcile, "plan_rules", plan_first)
+            await it.rules(rule(), rule("b", A, "eth1:239.3.3.3:6000"))
+            await it.settle()
+            assert [it.state(0), it.state(1)] == ["waiting: eth1 is down"] * 2
 
     run(work)
 

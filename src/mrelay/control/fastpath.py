@@ -62,12 +62,13 @@ def hop_of(egress: OpenEgress, link: Link | None) -> Hop | None:
     noarp, named = link.noarp or link.loopback, egress.address is None or egress.port is None
     if egress.address is None:
         return Hop(egress.ifindex, ANY_GROUP[egress.family], True, True)
-    multicast = _is_multicast(egress.address)
+    multicast = is_group(egress.address)
     return Hop(egress.ifindex, egress.address, noarp or multicast, named) if named or not multicast else None
 
 
 @functools.lru_cache(1 << 16)
-def _is_multicast(address: str) -> bool:
+def is_group(address: str) -> bool:
+    """Whether it is one, asked again and again of the same thousands."""
     return ipaddress.ip_address(address).is_multicast
 
 

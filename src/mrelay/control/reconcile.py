@@ -37,6 +37,7 @@ from mrelay.messages import AttachXdp, HoldUnicast, JoinGroup, OpenEgress, OpenI
 
 log = logging.getLogger(__name__)
 
+PART = 256  # rules that are planned at a time
 BACK_OFF = 5.0  # seconds until what failed is tried again, unless a link changes first
 
 
@@ -149,7 +150,7 @@ class Reconciler:
         if replaced := self._links.take_replaced():
             log.info("links %s are others than before, under the same numbers", sorted(replaced))
             await self._release(what for what in self._have.copy() if getattr(what, "ifindex", 0) in replaced)
-        plans = self._plan()
+        plans = await self._plan()
         wanted: set[Resource] = set().union(*(plan.needs() for plan in plans))
         self.failed = {what: problem for what, problem in self.failed.items() if what in wanted}
         self.refused = {what: why for what, why in self.refused.items() if what in wanted}
@@ -177,13 +178,22 @@ class Reconciler:
         self._hops.follow({hop for egress in egresses if egress and (hop := self._hop(egress))})
         self._tell()
 
-    def _plan(self) -> list[RulePlan]:
-        book = self._book
-        own = own_sources(book.rules, self._links)
-        if own != self._own:
-            self._own, self._known = own, {}
-        plans = plan_rules(book.rules, book.slots, self._links, self._ids, self._settings, own, self._known)
-        self._known = {plan.rule.name: plan for plan in plans}
+    async def _plan(self) -> list[RulePlan]:
+        """A plan for each rule. The supervisor opens the sockets of one part while the next is planned."""
+        rules, slots = self._book.rules, self._book.slots
+        own = own_sources(rules, self._links)
+        known = self._known if own == self._own else {}
+        plans: list[RulePlan] = []
+        # If links change meanwhile, `_known` is another: what is made here will not be used again.
+        made = self._known = {}
+        self._own = own
+        async with asyncio.TaskGroup() as asking:
+            for start in range(0, len(rules), PART):
+                part = rules[start : start + PART]
+                plans += plan_rules(part, slots, self._links, self._ids, self._settings, own, known)
+                asking.create_task(self._grant(set().union(*(plan.sockets() for plan in plans[start:]))))
+                made |= {plan.rule.name: plan for plan in plans[start:]}
+                await asyncio.sleep(0)
         return plans
 
     async def _follow_egresses(self) -> None:
@@ -201,6 +211,8 @@ class Reconciler:
 
     async def _grant(self, wanted: AbstractSet[Resource]) -> None:
         missing = wanted - self._have - self.refused.keys()
+        if not missing:
+            return
         failed = await self._supervisor.grant(sorted(missing, key=_rank))
         for what, error in failed.items():
             self._grant_failed(what, error)

@@ -11,9 +11,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from ipaddress import ip_address
 from typing import Final, NamedTuple
 
+from mrelay.control.fastpath import is_group
 from mrelay.control.supervisor import RequestFailed, Supervisor
 from mrelay.control.tap import Frame, TapFilter, open_tap
 from mrelay.control.want import RulePlan
@@ -89,7 +89,7 @@ def segments_of(plans: Sequence[RulePlan]) -> list[int]:
     """
     groups = [plan for plan in plans if plan.ingress is not None and plan.joins]
     egresses = [output.egress for plan in plans for output in plan.outputs if output.egress]
-    into = [egress.ifindex for egress in egresses if egress.address and ip_address(egress.address).is_multicast]
+    into = [egress.ifindex for egress in egresses if egress.address and is_group(egress.address)]
     both = [plan.ingress.ifindex for plan in groups if plan.ingress] + into
     return list(dict.fromkeys(both))[:MOST_SEGMENTS]
 

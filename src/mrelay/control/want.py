@@ -127,12 +127,13 @@ class RulePlan:
         found: set[Resource] = {output.egress for output in self.outputs if output.egress}
         return found.union(self.beside, self.joins, (self.ingress,) if self.ingress else ())
 
+    def sockets(self) -> set[Resource]:
+        """What is to be opened first."""
+        return {output.egress for output in self.outputs if output.egress and output.state == UP}
+
     def opens(self) -> set[Resource]:
-        """What is to be opened before the workers get the rule."""
-        found: set[Resource] = {o.egress for o in self.outputs if o.egress and o.state == UP}
-        if self.ingress and self.state == UP:
-            found |= {self.ingress, *self.beside}
-        return found
+        """What else is to be opened before the workers get the rule."""
+        return {self.ingress, *self.beside} if self.ingress and self.state == UP else set()
 
 
 def own_sources(rules: Iterable[Rule], links: LinkTable) -> Own:

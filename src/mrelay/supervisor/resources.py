@@ -87,14 +87,15 @@ class Resources:
         return opened
 
     def _check_room(self, what: Resource) -> None:
-        most = _MOST[type(what)]
-        _require(self._count[type(what)] < most, f"{most} {type(what).__name__}: no rules need more")
+        kind, count = type(what), self._count
+        if count[kind] >= _MOST[kind]:
+            raise Refused(f"{_MOST[kind]} {kind.__name__}: no rules need more")
         # Every worker has its own rings and egress sockets; several joins share a socket, if the kernel lets them.
-        each = {HoldUnicast: 1, OpenIngress: 2 * self.workers, OpenEgress: self.workers}
-        used = sum(len(pool) for pool in self._joins.values())
-        used += sum(self._count[kind] * sockets for kind, sockets in each.items())
+        used = count[HoldUnicast] + (2 * count[OpenIngress] + count[OpenEgress]) * self.workers
+        used += sum(map(len, self._joins.values()))
+        more = {OpenIngress: 2 * self.workers, OpenEgress: self.workers}.get(kind, 1)
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if used + each.get(type(what), 1) > limit - _SPARE:
+        if used + more > limit - _SPARE:
             raise Refused(f"{used} of {limit} descriptors are in use", "raise ulimit -n, or LimitNOFILE=")
 
     def close(self, what: Resource) -> None:
@@ -135,7 +136,8 @@ class Resources:
 
     def _join_group(self, what: JoinGroup) -> Opened:
         group = _address(what.group)
-        _require(group.is_multicast, f"{group} is not a multicast group")
+        if not group.is_multicast:
+            raise Refused(f"{group} is not a multicast group")
         source = None if what.source is None else _address(what.source)
         _require(source is None or source.version == group.version, "source and group of different families")
         pool = self._pool(_number(what.ifindex))  # the kernel refuses one that is not there
@@ -310,18 +312,22 @@ def _check_egress(what: OpenEgress) -> None:
 
 def _host_or_group(text: str, family: int) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     address = _address(text)
-    _require(address.version == family, f"{address} is not IPv{family}")
-    _require(not address.is_unspecified, f"{address} is neither a group nor a host")
+    if address.version != family:
+        raise Refused(f"{text} is not IPv{family}")
+    if address.is_unspecified:
+        raise Refused(f"{text} is neither a group nor a host")
     return address
 
 
 def _require(fine: bool, problem: str) -> None:
+    """For what is rare: the problem's text is made before it is known whether there is one."""
     if not fine:
         raise Refused(problem)
 
 
 def _number(ifindex: int) -> int:
-    _require(0 < ifindex <= _MAX_INT, f"interface {ifindex}")
+    if not 0 < ifindex <= _MAX_INT:
+        raise Refused(f"interface {ifindex}")
     return ifindex
 
 
@@ -332,7 +338,8 @@ def _interface(ifindex: int) -> int:
 
 
 def _port(port: int) -> int:
-    _require(0 < port <= _MAX_PORT, f"port {port}")
+    if not 0 < port <= _MAX_PORT:
+        raise Refused(f"port {port}")
     return port
 
 
