@@ -14,14 +14,18 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mrelay.counters_size import HEADER, MAX_LINKS, MAX_RULES, counters_size
+from mrelay.counters_size import HEADER, MAX_LINKS, MAX_RULES, RULE_ROWS, counters_size
 from mrelay.reasons import DROPS
 
-MAGIC: Final = 0x6D72656C61790003  # "mrelay", layout 3
+MAGIC: Final = 0x6D72656C61790004  # "mrelay", layout 4
 
 DROP_REASONS: Final = tuple(DROPS)  # the index is the slot in `drops`
 NO_RULE, NOT_UDP, MALFORMED, TRUNCATED, FRAGMENT, TTL_EXPIRED, TOO_BIG = range(7)
 NO_NEIGHBOUR, TX_ERROR, RING_FULL, RATE_LIMITED, LOOP, NO_OUTPUT, MISS_LIMITED = range(7, 14)
+
+# Of these it is known which rules took the datagram. In the order of the rows of `rules`, after packets and bytes.
+RULE_DROPS: Final = (TTL_EXPIRED, TOO_BIG, NO_NEIGHBOUR, TX_ERROR, RATE_LIMITED, NO_OUTPUT)
+RULE_DROP_ROW: Final = {reason: 2 + at for at, reason in enumerate(RULE_DROPS)}
 
 RECEIVED, MATCHED, CARRIED = range(3)  # the last: of the matched, by the fast path
 
@@ -44,10 +48,11 @@ class Counters:
 
     `totals` u64[8]: received, matched, carried. `drops` u64[len(DROP_REASONS)]. `keys` u64[5, F]: source high
     and low, group high and low, then port | vlan << 16 | family << 32 | ifindex << 40 (0: empty slot).
-    `flows` u64[2, F]: packets, bytes; `folded`, the part of
-    them that `rules` and `links` have; `kernel` u64[3, F], what the fast path's own counters of the slot held when
-    they were last added: packets, bytes, and what a rate withheld. `rules` u64[2, MAX_RULES]: packets, bytes.
-    `links` u64[3, MAX_LINKS]: packets, bytes, errors.
+    `flows` u64[2, F]: packets, bytes; `folded`, the part of them that `rules` and `links` have; `kernel`
+    u64[3, F], what the fast path's own counters of the slot held when they were last added: packets, bytes, and
+    what a rate withheld. `dropped` u64[F]: datagrams of the flow that its rules took and passed nowhere, until
+    `rules` have them. `rules` u64[RULE_ROWS, MAX_RULES]: packets, bytes, drops. `links` u64[3, MAX_LINKS]:
+    packets, bytes, errors.
     """
 
     def __init__(self, fd: int, flow_limit: int, *, write: bool = False) -> None:
@@ -57,13 +62,14 @@ class Counters:
         self.totals = words[8:16]
         self.drops = words[16 : 16 + len(DROP_REASONS)]
         flows = (2, flow_limit)
-        shapes: list[Sequence[int]] = [(5, flow_limit), flows, flows, (3, flow_limit), (2, MAX_RULES)]
+        shapes: list[Sequence[int]] = [(5, flow_limit), flows, flows, (3, flow_limit), (1, flow_limit)]
         blocks: list[U64] = []
         start = HEADER
-        for rows, columns in [*shapes, (3, MAX_LINKS)]:
+        for rows, columns in [*shapes, (RULE_ROWS, MAX_RULES), (3, MAX_LINKS)]:
             blocks.append(words[start : start + rows * columns].reshape(rows, columns))
             start += rows * columns
-        self.keys, self.flows, self.folded, self.kernel, self.rules, self.links = blocks
+        self.keys, self.flows, self.folded, self.kernel, dropped, self.rules, self.links = blocks
+        self.dropped = dropped[0]
         self.fresh = words[0] != MAGIC  # no worker has had this memory yet
         if write:
             words[0], words[1] = MAGIC, flow_limit

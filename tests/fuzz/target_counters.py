@@ -33,7 +33,9 @@ from worker_rig import rule
 
 FLOWS = 8
 RULE = Rule.model_validate({"name": "a", "from": "lo:239.1.1.1:5000", "to": ["lo:239.2.2.2:6000"]})
-SLOTS = Slots().updated([RULE], lambda slots: [(1, 2)] * len(slots), lambda slots: [(3, 4, 5)] * len(slots))
+SLOTS = Slots().updated(
+    [RULE], lambda slots: [(1, 2, 3, 0, 0, 0, 9, 0)] * len(slots), lambda slots: [(3, 4, 5)] * len(slots)
+)
 VALUES = [0, 1, 1 << 31, (1 << 53) + 1, 1 << 63, (1 << 64) - 1]
 FAMILIES = [0, 4, 6, 255]
 LOOP = asyncio.new_event_loop()

@@ -72,6 +72,7 @@ def test_the_kernel_keeps_a_rate_too(lab: Lab) -> None:
             assert pps * elapsed / 3 < passed <= pps * (elapsed + 0.1) + 2 * 64, "64: a bucket may end in debt"
         assert stats["matched"] + stats["drops"]["rate_limited"] == offered
         assert stats["drops"]["rate_limited"] > 0
+        assert stats["rules"][0]["drops"] == {"rate_limited": stats["drops"]["rate_limited"]}
         fast.await_engine(relay, "ebpf", group=GROUP)
         numbers = [number(payload) for payload in sink.receive(stats["matched"])]
         assert numbers == sorted(set(numbers)), "what passes is in order, and none twice"
@@ -84,6 +85,7 @@ def test_what_no_rule_passes_is_counted_as_rate_limited(lab: Lab) -> None:
         sender.send(GROUP, 5000, payloads(500, 1000))
         stats = relay.await_received(500)
         assert stats["matched"] + stats["drops"]["rate_limited"] == 500
+        assert stats["rules"][0]["drops"] == {"rate_limited": stats["drops"]["rate_limited"]}
         assert 66 <= stats["matched"] < 200, "the least burst is 65,536 bytes"
         assert relay.rules()["slow"]["rate"] == "80kbit/s"
 

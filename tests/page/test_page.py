@@ -286,6 +286,23 @@ CONFIG = (
 )
 
 
+def test_a_rule_shows_what_it_drops(star: Star, relay: Relay, page: Page) -> None:
+    """Its own, and not another's."""
+    config = rule("slow", "in0:239.1.1.1:5000", "out0:*:*", rate="1pps") + rule(
+        "b", "in0:239.1.1.2:5000", "out0:*:*"
+    )
+    with ruled(relay, page, config), sending(star, "239.1.1.1", "239.1.1.2"):
+        enter(page, relay, "look")
+        expect(page.get_by_role("heading", level=1)).to_have_text("All 2 rules are forwarding")
+        page.get_by_role("table", name="Rules").get_by_role("link", name="slow").click()
+        dropped = page.get_by_role("table", name="Dropped datagrams by reason").get_by_role("row").nth(1)
+        expect(dropped).to_contain_text(reasons.DROPS["rate_limited"])
+        expect(dropped.get_by_role("cell").nth(1)).to_have_text(re.compile(r"^[1-9][0-9.]*$"))
+        accessible(page, "a rule that drops")
+        page.goto(f"{URL}#/rule/b")
+        expect(page.get_by_text("This rule passed on all that it took.")).to_be_visible()
+
+
 def test_what_it_shows(star: Star, relay: Relay, page: Page, shoot: Callable[[str], None]) -> None:
     """Every page with a relay at work: accessible, in light and dark, and no wider than a phone."""
     with ruled(relay, page, CONFIG), sending(star, "239.1.1.1", "239.1.1.2"):

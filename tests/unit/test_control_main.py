@@ -24,6 +24,7 @@ from mrelay import logs
 from mrelay.control import page
 from mrelay.control.main import Control
 from mrelay.control.state import NAME, StateFile
+from mrelay.counters import RATE_LIMITED, RULE_DROP_ROW
 from mrelay.messages import Held, OpenIngress, Reload, Resource, Setup, Stop, WorkerDown, parts
 from mrelay.model.ruleset import FlowKey
 from mrelay.worker.flows import key_words
@@ -364,7 +365,8 @@ def test_numbers(tmp_path: Path) -> None:
             counters.totals[0] += 3
             counters.totals[2] += 5
             counters.drops[0] += 3
-            counters.rules[:, 0] = 7, 700
+            counters.rules[:2, 0] = 7, 700
+            counters.rules[RULE_DROP_ROW[RATE_LIMITED], 0] = 2
             counters.links[:, 0] = 6, 600, 1
             group, source = 0xEF010101, 0x0A000002
             counters.keys[:, 5] = key_words(FlowKey(1, 0, 4, source, group, 5000))
@@ -377,6 +379,7 @@ def test_numbers(tmp_path: Path) -> None:
             assert (stats["carried"], stats["passed"]) == (5, {})
             (rule,) = stats["rules"]
             assert (rule["name"], rule["packets"], rule["bytes"]) == ("a", 7, 700)
+            assert rule["drops"] == {"rate_limited": 2}
             output = {"to": "lo:239.2.2.2:6000", "state": "up", "packets": 6, "bytes": 600, "errors": 1}
             assert rule["outputs"] == [output]
             (flow,) = (await it.api("GET", "/v1/flows")).body["flows"]

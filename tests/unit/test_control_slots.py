@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from mrelay.control import slots as module
 from mrelay.control.slots import Counts, NoSlots, Slot, Slots
+from mrelay.counters_size import RULE_ROWS
 from mrelay.model.rule import Rule
 
 
@@ -17,7 +18,7 @@ def rule(name: str, outputs: int = 1) -> Rule:
 
 
 def zero_rules(slots: Sequence[int]) -> list[Counts]:
-    return [(0, 0)] * len(slots)
+    return [(0,) * RULE_ROWS] * len(slots)
 
 
 def zero_links(slots: Sequence[int]) -> list[Counts]:
@@ -46,6 +47,16 @@ def test_a_used_slot_counts_from_what_it_holds(monkeypatch: pytest.MonkeyPatch) 
     slots = updated(updated(Slots(), rule("a"), rule("b")), rule("b"))
     slots = slots.updated([rule("b"), rule("c")], lambda slots: [(slot + 10, 20) for slot in slots], zero_links)
     assert slots.rules["c"] == Slot(0, (10, 20))
+
+
+def test_what_a_used_slot_dropped_is_saved_too_and_older_files_have_none() -> None:
+    base = (1, 2, 0, 0, 0, 0, 7, 0)
+    slots = Slots({"a": Slot(0, base), "b": Slot(1, (3, 4, 0, 0, 0, 0, 0, 0))}, {}, 2, 0)
+    table = slots.to_table()
+    assert table["drops"] == {"a": base[2:]}
+    assert Slots.from_table(table) == slots
+    del table["drops"]
+    assert Slots.from_table(table).rules["a"] == Slot(0, (1, 2, 0, 0, 0, 0, 0, 0))
 
 
 def test_no_more_rules_than_slots(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,11 @@ OTHER = Rule.model_validate({"name": "b", "from": "eth0:[ff3e::1]:5-9", "to": ["
 STATE = State(
     (RULE, OTHER),
     (OTHER,),
-    Slots().updated([RULE, OTHER], lambda slots: [(1, 2)] * len(slots), lambda slots: [(3, 4, 5)] * len(slots)),
+    Slots().updated(
+        [RULE, OTHER],
+        lambda slots: [(1, 2, 0, 0, 0, 0, 7, 0)] * len(slots),
+        lambda slots: [(3, 4, 5)] * len(slots),
+    ),
     RelaySettings(workers=[0, 2], gro=False),
 )
 

@@ -15,7 +15,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mrelay.counters import DROP_REASONS, NO_OUTPUT, NO_RULE, TTL_EXPIRED, TX_ERROR, Counters
+from mrelay.counters import (
+    DROP_REASONS,
+    NO_OUTPUT,
+    NO_RULE,
+    RATE_LIMITED,
+    RULE_DROP_ROW,
+    TTL_EXPIRED,
+    TX_ERROR,
+    Counters,
+)
 from mrelay.ebpf.layout import VLAN_MARK
 from mrelay.messages import PutRule
 from mrelay.worker.flows import FlowTable
@@ -30,6 +39,12 @@ def rig(monkeypatch: pytest.MonkeyPatch, rules: list[PutRule], outputs: int, *, 
         yield made
     finally:
         made.close()
+
+
+def dropped(one: Rig, slot: int) -> dict[int, int]:
+    """What the rule of this slot took and passed nowhere, by reason."""
+    counts = one.counters.rules[:, slot].tolist()
+    return {reason: counts[row] for reason, row in RULE_DROP_ROW.items() if counts[row]}
 
 
 LIMITS = [
@@ -115,6 +130,7 @@ def test_a_limited_rule_takes_nothing_from_another(monkeypatch: pytest.MonkeyPat
         assert len(one.sent[1]) == 250
         assert one.counters.links[0, [0, 1, 4]].tolist() == [150, 250, 250]
         assert one.counters.rules[0, :2].tolist() == [150, 250]
+        assert (dropped(one, 0), dropped(one, 1)) == ({RATE_LIMITED: 100}, {}), "though the other rule passed them"
         assert (one.counters.matched, int(one.counters.drops.sum())) == (250, 0)
 
 
@@ -146,7 +162,8 @@ def test_what_no_rule_passes_is_dropped_by_name(monkeypatch: pytest.MonkeyPatch,
         one.forward(100)
         assert len(one.sent[0]) == 66, "65,536 bytes, and the one that makes it more"
         assert int(one.counters.drops[DROP_REASONS.index("rate_limited")]) == 34
-        assert one.counters.rules[:, 0].tolist() == [66, 66_000]
+        assert one.counters.rules[:2, 0].tolist() == [66, 66_000]
+        assert dropped(one, 0) == {RATE_LIMITED: 34}
 
 
 def test_a_changed_rate_is_in_force_at_once_and_an_unchanged_one_keeps_its_bucket(
@@ -224,6 +241,28 @@ def test_drops_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
             wanted = dict.fromkeys((DROP_REASONS[i] for i in (TTL_EXPIRED, NO_RULE, NO_OUTPUT, TX_ERROR)), 1)
             assert found == wanted
             assert one.counters.received == 4, "an address that no rule names is not ours to count"
+            by_rule = [{TTL_EXPIRED: 1}, {}, {TX_ERROR: 1}, {NO_OUTPUT: 1}]
+            assert [dropped(one, slot) for slot in range(4)] == by_rule
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_a_rule_keeps_what_it_dropped_when_its_flow_goes_or_the_worker_dies(
+    monkeypatch: pytest.MonkeyPatch, vector: bool
+) -> None:
+    with rig(monkeypatch, [rule(0, "239.1.0.0/16", [])], 0, vector=vector) as one:
+        for n in range(2 * FLOWS):
+            one.ring.put(udp_v4(b"x", f"239.1.1.{n}"))
+        for _ in range(FLOWS):
+            one.table.now += 1
+            one.path.forward(one.ring, 2)  # not folded: as if killed before it could
+            one.ring.release(2)
+        assert len(one.table.index) <= FLOWS
+        heir = FlowTable(Counters(one.fd, FLOWS, write=True), FLOWS, one.rules, one.egress, lambda: None)
+        heir.inherit()
+        heir.restore(FLOWS)
+        heir.fold()
+        heir.fold()
+        assert dropped(one, 0) == {NO_OUTPUT: 2 * FLOWS}
 
 
 def test_one_failing_output_of_two_is_an_error_not_a_drop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +286,7 @@ def test_counts_stay_right_when_flows_make_room(monkeypatch: pytest.MonkeyPatch)
             one.forward(50)
             one.ring.release(50)
         assert len(one.table.index) <= FLOWS
-        assert one.counters.rules[:, 0].tolist() == [200, 200]
+        assert one.counters.rules[:2, 0].tolist() == [200, 200]
         assert len(one.sent[0]) == 200
 
 
@@ -273,7 +312,7 @@ def test_a_successor_takes_over_the_flows(monkeypatch: pytest.MonkeyPatch) -> No
         heir.restore(FLOWS)
         assert set(heir.index) == set(one.table.index)
         heir.fold()
-        assert one.counters.rules[:, 0].tolist() == [1, 1]
+        assert one.counters.rules[:2, 0].tolist() == [1, 1]
 
 
 def test_a_flow_that_comes_again_before_its_turn_is_one_flow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +332,7 @@ def test_a_flow_that_comes_again_before_its_turn_is_one_flow(monkeypatch: pytest
         heir.fold()
         assert list(heir.index.values()) == [slot]
         assert heir.counters.flows[:, slot].tolist() == [3, 12]
-        assert heir.counters.rules[:, 0].tolist() == [3, 12]
+        assert heir.counters.rules[:2, 0].tolist() == [3, 12]
         assert np.count_nonzero(heir.counters.keys[4]) == 1, "one place in the table"
 
 

@@ -58,7 +58,7 @@ def take(workers: Workers) -> Sample:
     drops = np.zeros(len(DROP_REASONS), np.uint64)
     cpu: dict[int, tuple[int, float]] = {}
     for worker in workers.by_number.values():
-        rules += worker.counters.rules
+        rules += worker.counters.rules[:2]
         drops += worker.counters.drops
         if worker.pid is not None and (seconds := cpu_seconds(worker.pid)) is not None:
             cpu[worker.number] = worker.pid, seconds

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
-from mrelay.counters_size import MAX_LINKS, MAX_RULES
+from mrelay.counters_size import MAX_LINKS, MAX_RULES, RULE_ROWS
 from mrelay.model.rule import Rule
 
 Counts = tuple[int, ...]
@@ -51,7 +51,8 @@ class Slots:
     def to_table(self) -> dict[str, Any]:
         """As JSON holds it."""
         return {
-            "rules": [[name, slot.index, *slot.base] for name, slot in self.rules.items()],
+            "rules": [[name, slot.index, *slot.base[:2]] for name, slot in self.rules.items()],
+            "drops": {name: slot.base[2:] for name, slot in self.rules.items() if any(slot.base[2:])},
             "links": [[*key, slot.index, *slot.base] for key, slot in self.links.items()],
             "next": [self.next_rule, self.next_link],
         }
@@ -59,7 +60,11 @@ class Slots:
     @classmethod
     def from_table(cls, table: dict[str, Any]) -> Self:
         """The reverse; ValueError, TypeError or KeyError when it isn't one of ours."""
-        rules = {_text(name): _slot(index, base, 2, MAX_RULES) for name, index, *base in table["rules"]}
+        drops, none = table.get("drops", {}), [0] * (RULE_ROWS - 2)  # earlier versions had none
+        rules = {
+            _text(name): _slot(index, [*base, *drops.get(name, none)], RULE_ROWS, MAX_RULES)
+            for name, index, *base in table["rules"]
+        }
         links = {
             (_text(name), _text(to)): _slot(index, base, 3, MAX_LINKS) for name, to, index, *base in table["links"]
         }

@@ -23,14 +23,14 @@ from mrelay.control.slots import Slot, Slots
 from mrelay.control.streams import Streams
 from mrelay.control.want import STARTING, RulePlan, output_state, rule_state
 from mrelay.control.workers import Worker, Workers
-from mrelay.counters import DROP_REASONS, U64
-from mrelay.counters_size import MAX_LINKS, MAX_RULES
+from mrelay.counters import DROP_REASONS, RULE_DROPS, U64
+from mrelay.counters_size import RULE_ROWS
 from mrelay.messages import Resource
 from mrelay.model.rule import Rule
 from mrelay.model.ruleset import FlowKey, RuleSet, address_text
 
 NOTHING: Final = (0,) * (2 + len(DROP_REASONS))
-SHAPES: Final = {"rules": (2, MAX_RULES), "links": (3, MAX_LINKS)}
+ROWS: Final = {"rules": RULE_ROWS, "links": 3}
 SETTLE_TRIES = 20
 SETTLE_PAUSE = 0.0005  # seconds
 
@@ -83,9 +83,11 @@ class Stats:
         }
 
     def _sum(self, table: Literal["rules", "links"]) -> U64:
-        """A table of counters over all workers."""
-        tables = [getattr(worker.counters, table) for worker in self._workers.by_number.values()]
-        return np.sum(tables, axis=0, dtype=np.uint64) if tables else np.zeros(SHAPES[table], np.uint64)
+        """A table of counters over all workers, up to the last slot that is somebody's."""
+        slots: Mapping[Any, Slot] = getattr(self._book.slots, table)
+        used = 1 + max((slot.index for slot in slots.values()), default=-1)
+        tables = [getattr(worker.counters, table)[:, :used] for worker in self._workers.by_number.values()]
+        return np.sum(tables, axis=0, dtype=np.uint64) if tables else np.zeros((ROWS[table], used), np.uint64)
 
     def interfaces(self) -> dict[str, tuple[bool, bool]]:
         """Those that rules name: whether each is up, and whether the fast path is at it."""
@@ -214,7 +216,7 @@ class RuleStates(NamedTuple):
 def _rule(rule: Rule, slots: Slots, counted: Counted, states: RuleStates) -> Table:
     counts, links, rates = counted
     slot = slots.rules[rule.name]
-    packets, octets = _above_base(counts, slot)
+    packets, octets, *drops = _above_base(counts, slot)
     pps, octets_ps = rates[:, slot.index].tolist()
     return {
         "name": rule.name,
@@ -223,6 +225,7 @@ def _rule(rule: Rule, slots: Slots, counted: Counted, states: RuleStates) -> Tab
         "bytes": octets,
         "pps": round(pps, 1),
         "bps": round(octets_ps * 8, 1),
+        "drops": {DROP_REASONS[reason]: n for reason, n in zip(RULE_DROPS, drops, strict=True) if n > 0},
         "outputs": [
             _output(to, links, slots.links[rule.name, to], states.outputs.get(to, STARTING))
             for to in map(str, rule.to)

@@ -125,7 +125,11 @@ class OutputStats(BaseModel):
 
 
 class RuleStats(BaseModel):
-    """As in Flow; `state` as in Rule."""
+    """As in Flow; `state` as in Rule.
+
+    `drops`, by reason, but for those that are 0: datagrams that the rule took and passed nowhere. Where several
+    rules take a stream each counts for itself, also when another passed it: so the sums are not the relay's.
+    """
 
     name: str
     state: str
@@ -133,6 +137,7 @@ class RuleStats(BaseModel):
     bytes: int
     pps: float
     bps: float
+    drops: dict[str, int]
     outputs: list[OutputStats]
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from mrelay.control.channel import AsyncChannel
 from mrelay.control.slots import Counts
 from mrelay.counters import Counters
+from mrelay.counters_size import RULE_ROWS
 from mrelay.messages import (
     Commit,
     Committed,
@@ -158,8 +159,8 @@ class Workers:
         await _late(answers, Synced, number, SYNC_DEADLINE)
 
     def read_rules(self, slots: Sequence[int]) -> list[Counts]:
-        """What rules' slots hold, over all workers: packets, bytes."""
-        return self._read("rules", slots, 2)
+        """What rules' slots hold, over all workers: packets, bytes, drops (counters.RULE_DROPS)."""
+        return self._read("rules", slots, RULE_ROWS)
 
     def read_links(self, slots: Sequence[int]) -> list[Counts]:
         """What the slots of outputs of rules hold, over all workers: packets, bytes, errors."""

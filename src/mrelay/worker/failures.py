@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from mrelay.counters import DROP_REASONS, MATCHED, TTL_EXPIRED, Counters
+from mrelay.counters import DROP_REASONS, MATCHED, RATE_LIMITED, RULE_DROP_ROW, TTL_EXPIRED, Counters
 from mrelay.worker.egress import Entry, drop_reason
 from mrelay.worker.flows import Flow
 
@@ -62,7 +62,8 @@ class Failures:
         took = np.array([count, octets], np.uint64)
         admitted = flow.admitted(bits)
         for rule in flow.refusing(bits):
-            self._counters.rules[:, rule] -= took
+            self._counters.rules[:2, rule] -= took
+            self._counters.rules[RULE_DROP_ROW[RATE_LIMITED], rule] += took[0]
         for entry, links in zip(flow.entries, flow.route.links, strict=True):
             if entry not in admitted:
                 for link in links:
@@ -73,7 +74,8 @@ class Failures:
         self._counters.totals[MATCHED : MATCHED + 1] -= np.uint64(lost)
         self._counters.drops[reason] += np.uint64(lost)
         for rule in rules:
-            self._counters.rules[:, rule] -= np.array([lost, octets], np.uint64)
+            self._counters.rules[:2, rule] -= np.array([lost, octets], np.uint64)
+            self._counters.rules[RULE_DROP_ROW[reason], rule] += np.uint64(lost)
 
 
 def _warn(flow: Flow, failure: tuple[Entry, int, int]) -> None:

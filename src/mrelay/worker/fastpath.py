@@ -216,6 +216,7 @@ class FastPath:
         slots, fresh = slots[active], fresh[:, active]
         counters.kernel[:, slots] += fresh
         counters.flows[:, slots] += fresh[:2]
+        counters.dropped[slots] += fresh[2]
         total, limited = fresh[0].sum(dtype=np.uint64), fresh[2].sum(dtype=np.uint64)
         counters.totals[RECEIVED] += total + limited
         counters.drops[RATE_LIMITED] += limited

@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mrelay.counters import LOOP, NO_OUTPUT, NO_RULE, Counters, sound_keys
+from mrelay.counters import LOOP, NO_OUTPUT, NO_RULE, RATE_LIMITED, RULE_DROP_ROW, Counters, sound_keys
 from mrelay.messages import PutRule
 from mrelay.model.ruleset import NOWHERE, RETURNED, FlowKey, Route, RuleSet, address_text
 from mrelay.worker.egress import Egress, Entry
@@ -242,6 +242,7 @@ class FlowTable:
         slot = self._free.pop()
         self.counters.flows[:, slot] = 0
         self.counters.folded[:, slot] = 0
+        self.counters.dropped[slot] = 0
         self._place(slot, key)
         if self.verdict[slot] == LOOP:
             log.warning(_LOOP, self.flows[slot])
@@ -349,6 +350,7 @@ class FlowTable:
             self.fast.move(slot)
         for counts in (counters.flows, counters.folded):
             counts[:, into] += counts[:, slot]
+        counters.dropped[into] += counters.dropped[slot]
         counters.keys[:, slot] = 0
         self._free.append(slot)
 
@@ -375,7 +377,7 @@ class FlowTable:
         """Bring the rules' and links' counters up to date with the flows'."""
         self._collect()
         counters = self.counters
-        dirty = np.flatnonzero((counters.flows != counters.folded).any(axis=0))
+        dirty = np.flatnonzero((counters.flows != counters.folded).any(axis=0) | (counters.dropped != 0))
         for slot in dirty.tolist():
             self._beat()
             flow = self.flows[slot]
@@ -405,7 +407,16 @@ class FlowTable:
         fresh = counters.flows[:, slot] - counters.folded[:, slot]
         counters.folded[:, slot] = counters.flows[:, slot]
         for rule in flow.route.rules:
-            counters.rules[:, rule] += fresh
+            counters.rules[:2, rule] += fresh
         for links in flow.route.links:
             for link in links:
                 counters.links[:2, link] += fresh
+        if counters.dropped[slot]:
+            self._fold_dropped(slot, flow)
+
+    def _fold_dropped(self, slot: int, flow: Flow) -> None:
+        """What the flow's rules took and passed nowhere: for want of an output, or for their rates."""
+        reason, rules = (NO_OUTPUT, flow.route.rules) if not flow.entries else (RATE_LIMITED, flow.route.limited)
+        for rule in rules:
+            self.counters.rules[RULE_DROP_ROW[reason], rule] += self.counters.dropped[slot]
+        self.counters.dropped[slot] = 0

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from mrelay.counters import MATCHED, MISS_LIMITED, RATE_LIMITED, RECEIVED, TRUNCATED, Counters
+from mrelay.counters import MATCHED, MISS_LIMITED, NO_OUTPUT, RATE_LIMITED, RECEIVED, TRUNCATED, Counters
 from mrelay.kernel.packet import L3_OFFSET, TP_STATUS_VLAN_VALID, VIRTIO_NET_HDR_GSO_UDP_L4
 from mrelay.kernel.udp import segment_control
 from mrelay.worker.egress import Entry
@@ -39,6 +39,7 @@ class ScalarPath:
         # Memoryviews of the counters: an item of one costs a third of an array's.
         self._totals, self._drops = counters.totals.data, counters.drops.data
         self._packets, self._bytes = counters.flows[0].data, counters.flows[1].data
+        self._dropped = counters.dropped.data
         self._verdict, self._last = table.verdict.data, table.last.data
 
     def forward(self, ring: Ring, count: int) -> None:
@@ -54,6 +55,8 @@ class ScalarPath:
                     self._forward_limited(flow, place, payload, segment if datagrams > 1 else 0, datagrams, hop)
                 else:
                     self._drop(verdict, datagrams)
+                    if verdict == NO_OUTPUT:
+                        self._dropped[place] += datagrams
                 continue
             totals[RECEIVED] += datagrams
             totals[MATCHED] += datagrams
@@ -107,6 +110,7 @@ class ScalarPath:
         bits = self.table.limits.admit(flow.route.limited, count, len(payload))
         if not bits and self.table.withheld[place]:
             self._drop(RATE_LIMITED, count)
+            self._dropped[place] += count
             return
         self._totals[RECEIVED] += count
         self._totals[MATCHED] += count

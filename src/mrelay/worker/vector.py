@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mrelay.counters import MATCHED, MISS_LIMITED, RATE_LIMITED, RECEIVED, Counters
+from mrelay.counters import MATCHED, MISS_LIMITED, NO_OUTPUT, RATE_LIMITED, RECEIVED, Counters
 from mrelay.kernel.udp import UDP_MAX_SEGMENTS
 from mrelay.worker.batch import Batch
 from mrelay.worker.egress import Entry
@@ -96,7 +96,7 @@ class VectorPath:
     def forward(self, ring: Ring, count: int) -> None:
         batch = Batch(ring, count)
         flow = self._look_up(batch)
-        self._count_drops(batch)
+        self._count_drops(batch, flow)
         forward = batch.verdict == FORWARD
         bits = self._admit(batch, flow, forward) if self.table.limits.rules else None
         rows = np.flatnonzero(forward)
@@ -139,6 +139,7 @@ class VectorPath:
         bits[rows] = np.bitwise_or.reduceat(np.where(passes, some, np.uint64(0)), ends - lengths)
         refused = (bits[rows] == 0) & table.withheld[flow[rows]]
         self.counters.drops[RATE_LIMITED] += np.uint64(batch.count[rows[refused]].sum())
+        self._note_dropped(batch, flow, rows[refused])
         forward[rows[~refused]] = True
         return bits
 
@@ -150,7 +151,11 @@ class VectorPath:
             if flow is not None and flow.refusing(bits):
                 self.failures.withhold(flow, int(runs.count[run]), int(runs.size[run]), bits)
 
-    def _count_drops(self, batch: Batch) -> None:
+    def _note_dropped(self, batch: Batch, flow: I32, rows: I64) -> None:
+        """These rows were taken by rules, and go nowhere: by flow."""
+        np.add.at(self.counters.dropped, flow[rows], batch.count[rows].astype(np.uint64))
+
+    def _count_drops(self, batch: Batch, flow: I32) -> None:
         ours = batch.verdict != IGNORE
         self.counters.totals[RECEIVED] += np.uint64(batch.count[ours].sum())
         dropped = batch.verdict >= 0
@@ -158,6 +163,8 @@ class VectorPath:
             reasons = len(self.counters.drops)
             lost = np.bincount(batch.verdict[dropped], batch.count[dropped], reasons)
             self.counters.drops += lost.astype(np.uint64)
+            if lost[NO_OUTPUT]:
+                self._note_dropped(batch, flow, np.flatnonzero(batch.verdict == NO_OUTPUT))
 
     def _count_flows(self, runs: Runs) -> None:
         first, flows = runs.flow_first, runs.flow[runs.flow_first]

@@ -3,6 +3,7 @@
 import { get } from "./api.js";
 import { chart } from "./chart.js";
 import { h, setAttr, setText, sync } from "./dom.js";
+import { dropsTable } from "./drops.js";
 import { bits, count, perSecond, plural, rate } from "./format.js";
 import { badge, endpoint, row, ruleBadge, ruleHref, section, table, text } from "./parts.js";
 import { picture } from "./picture.js";
@@ -18,7 +19,7 @@ export function overview() {
   const drawing = picture("h-streams");
   const rates = chart("Datagrams a second", perSecond);
   const rules = rulesTable();
-  const drops = dropsTable();
+  const drops = dropsTable("Nothing was dropped since the relay started.");
   const hasRules = [section("Streams", h("div", { class: "panel" }, h("div", {}, drawing))), section("Last ten minutes", h("div", { class: "panel" }, rates)), rules.node];
   const none = h("div", { class: "panel empty" }, h("p", {}, "No rules yet. A rule says which stream to take in, and where to send it."), h("p", {}, h("a", { class: "button primary", href: "#/add" }, "Add a rule")));
   const node = h("div", {}, h("div", { class: "verdict" }, heading), trouble, tiles.node, none, ...hasRules, drops.node);
@@ -41,7 +42,7 @@ export function overview() {
       for (const part of hasRules) part.hidden = !state.rules.length;
       tiles.update();
       rules.update();
-      drops.update();
+      drops.update(state.totals.drops, state.totals.dropRates);
       if (state.rules.length) {
         drawing.draw(state.rules, state.flows);
         history();
@@ -160,27 +161,4 @@ function ruleRow(first) {
     setAttr(errors, "class", rule.errorRate > 0 ? "bad" : null);
   };
   return node;
-}
-
-function dropsTable() {
-  const body = h("tbody", {});
-  const none = h("p", { class: "quiet" }, "Nothing was dropped since the relay started.");
-  const tableNode = table("Dropped datagrams by reason", [{ name: "Reason" }, { name: "Means" }, { name: "Per second", number: true }, { name: "In all", number: true }], body);
-  const node = section("Dropped", none, tableNode);
-  function update() {
-    const reasons = Object.entries(state.totals.drops).filter(([, value]) => value > 0).sort((a, b) => b[1] - a[1]);
-    none.hidden = reasons.length > 0;
-    tableNode.hidden = !reasons.length;
-    sync(body, reasons, ([reason]) => reason, ([reason]) => {
-      const [now, all] = [text(), text()];
-      const made = row(["Reason", h("code", {}, reason)], ["Means", state.reasons.drops[reason]], ["Per second", now, true], ["In all", all, true]);
-      made.update = ([, value]) => {
-        now.set(rate(state.totals.dropRates[reason]));
-        setAttr(now, "class", state.totals.dropRates[reason] > 0 ? "bad" : null);
-        all.set(count(value));
-      };
-      return made;
-    });
-  }
-  return { node, update };
 }

@@ -3,6 +3,7 @@
 import { ask, get, NoAnswer, Refused, ruleUrl, sentence } from "./api.js";
 import { chart } from "./chart.js";
 import { h, say, setAttr, setText, sync } from "./dom.js";
+import { dropsTable } from "./drops.js";
 import { eventList } from "./events.js";
 import { healthOf } from "./health.js";
 import { bits, count, perSecond, rate } from "./format.js";
@@ -19,10 +20,11 @@ export function rulePage(name) {
   const drawing = picture("h-path");
   const charts = { pps: chart("Datagrams a second", perSecond), bps: chart("Payload", bits), errors: chart("Not sent, datagrams a second", perSecond) };
   const outputs = outputTable();
+  const drops = dropsTable("This rule passed on all that it took.");
   const flows = flowTable();
   const health = healthOf(name);
   const happened = eventList((event) => event.rule === name);
-  const whole = h("div", {}, h("div", { class: "panel" }, facts), section("Path", h("div", { class: "panel" }, h("div", {}, drawing))), section("Last ten minutes", h("div", { class: "charts" }, ...Object.values(charts).map((one) => h("div", { class: "panel" }, one)))), health.node, outputs.node, flows.node, section("Events", h("div", { class: "panel" }, happened.node)));
+  const whole = h("div", {}, h("div", { class: "panel" }, facts), section("Path", h("div", { class: "panel" }, h("div", {}, drawing))), section("Last ten minutes", h("div", { class: "charts" }, ...Object.values(charts).map((one) => h("div", { class: "panel" }, one)))), health.node, outputs.node, drops.node, flows.node, section("Events", h("div", { class: "panel" }, happened.node)));
   const gone = h("p", { class: "panel empty" }, `There is no rule ${name}.`);
   const node = h("div", {}, h("p", { class: "back" }, h("a", { href: "#/" }, "All rules")), h("div", { class: "heading" }, h("h1", {}, name), mark, actions), gone, whole);
   let due = 0;
@@ -45,6 +47,7 @@ export function rulePage(name) {
       drawFacts(facts, rule);
       drawing.draw([rule], state.flows);
       outputs.update(rule);
+      drops.update(rule.drops, rule.dropRates);
       flows.update(rule);
       health.update(rule);
       history();

@@ -116,9 +116,11 @@ function view(rule, text, counts, grown) {
     counts[`${key} errors`] = output.errors;
     return { ...output, pps: grown(`${key} packets`, output.packets), errorRate: grown(`${key} errors`, output.errors) };
   });
+  const dropRates = {};
+  for (const [reason, value] of Object.entries(rule.drops)) dropRates[reason] = grown(`${rule.name} drop ${reason}`, (counts[`${rule.name} drop ${reason}`] = value));
   const errorRate = outputs.reduce((sum, output) => sum + output.errorRate, 0);
   const errors = outputs.reduce((sum, output) => sum + output.errors, 0);
-  const found = { ...text, ...rule, outputs, errorRate, errors, alarms: state.alarms.get(rule.name) || [] };
+  const found = { ...text, ...rule, outputs, dropRates, errorRate, errors, alarms: state.alarms.get(rule.name) || [] };
   return { ...found, kind: kindOf(found) };
 }
 
