@@ -43,7 +43,7 @@ class ProductWorker(Child):
         self.start()
         ours, theirs = channel_pair()
         with theirs:
-            self.tell(WorkerSetup(0, self._core, self._limit), [theirs.fileno(), self.counters])
+            self.tell(WorkerSetup(0, self._core, self._limit, 0), [theirs.fileno(), self.counters])
         self.control = Channel(ours)
 
     def say(self, *messages: Message) -> None:

@@ -122,16 +122,21 @@ class ListenTcp:
     port: int
 
 
+MAX_BUSY_POLL: Final = 1000  # microseconds
+
+
 @dataclass(frozen=True, slots=True)
 class StartWorkers:
     """Control to supervisor: one worker on each of these cores, with tables of these sizes.
 
-    `fast`: with the kernel's fast path; then it is answered, before Done, by a FastPath.
+    `busy_poll`: microseconds (worker.pace). `fast`: with the kernel's fast path; then it is answered, before Done,
+    by a FastPath.
     """
 
     id: int
     cores: tuple[int, ...]
     flow_limit: int
+    busy_poll: int
     fast: bool = False
 
 
@@ -356,6 +361,7 @@ class WorkerSetup:
     worker: int
     core: int
     flow_limit: int
+    busy_poll: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -300,9 +300,10 @@ OTHERS: Final[dict[str, Message]] = {
     "a TCP listener at a port of the host's": ListenTcp(913, "127.0.0.1", 80),
     "a TCP listener at a name": ListenTcp(914, "localhost", 8080),
     "a TCP listener at surrogates": ListenTcp(915, "\ud800", BIG),
-    "workers more": StartWorkers(908, (0, 1, 2, 3, 4, 5), 64),
-    "workers on a huge core": StartWorkers(909, (BIG,), 64),
-    "workers with more flows": StartWorkers(910, (0,), BIG),
+    "workers more": StartWorkers(908, (0, 1, 2, 3, 4, 5), 64, 0),
+    "workers on a huge core": StartWorkers(909, (BIG,), 64, 0),
+    "workers with more flows": StartWorkers(910, (0,), BIG, 0),
+    "workers that never sleep": StartWorkers(936, (0,), 64, BIG),
 }
 
 
@@ -313,7 +314,7 @@ def anything(chance: random.Random) -> Grant | Listen | ListenTcp | StartWorkers
         lambda: OpenTap(_number(chance), _number(chance), _tap_filter(chance)),
         lambda: Listen(1, _number(chance), _text(chance)),
         lambda: ListenTcp(1, _text(chance), _number(chance)),
-        lambda: StartWorkers(1, (_number(chance), _number(chance)), _number(chance)),
+        lambda: StartWorkers(1, (_number(chance), _number(chance)), _number(chance), _number(chance)),
     ]
     return chance.choice(requests)()
 

@@ -62,7 +62,7 @@ class Scene:
         """As when control was restarted: another channel comes from the supervisor."""
         ours, theirs = channel_pair()
         ours.setblocking(False)
-        self.supervisor.send(WorkerSetup(0, 0, FLOWS), [theirs.fileno(), os.memfd_create("counters")])
+        self.supervisor.send(WorkerSetup(0, 0, FLOWS, 0), [theirs.fileno(), os.memfd_create("counters")])
         theirs.close()
         self.worker._drain(self.worker.supervisor)
         self.control = Channel(ours)
@@ -80,7 +80,7 @@ def scene() -> Iterator[Scene]:
     pulse = shared_memory("pulse", os.sysconf("SC_PAGESIZE"))
     worker = Worker(
         Channel(its_supervisor),
-        WorkerSetup(0, 0, FLOWS),
+        WorkerSetup(0, 0, FLOWS, 0),
         [its_control.detach(), memory],
         MmsgSender(MessageTable()),
         Pulse(os.dup(pulse)),

@@ -309,7 +309,8 @@ class Control:
 
     async def _start_workers(self, cores: tuple[int, ...], relay: RelaySettings, *, restarted: bool) -> None:
         try:
-            await self.supervisor.start_workers(cores, relay.flow_limit, fast=relay.engine != "uring")
+            fast = relay.engine != "uring"
+            await self.supervisor.start_workers(cores, relay.flow_limit, relay.busy_poll, fast=fast)
         except RequestFailed as error:
             if not restarted:
                 raise

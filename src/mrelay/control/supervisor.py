@@ -104,9 +104,9 @@ class Supervisor:
             raise RequestFailed(0, f"the supervisor sent {len(fds)} descriptors for the TCP socket", "")
         return fds[0]
 
-    async def start_workers(self, cores: tuple[int, ...], flow_limit: int, *, fast: bool) -> None:
+    async def start_workers(self, cores: tuple[int, ...], flow_limit: int, busy_poll: int, *, fast: bool) -> None:
         """Have one worker started on each core; those that run already go on. `fast`: after the event FastPath."""
-        await self._request(StartWorkers(next(self._ids), cores, flow_limit, fast))
+        await self._request(StartWorkers(next(self._ids), cores, flow_limit, busy_poll, fast))
 
     async def open_tap(self, ifindex: int, what: TapFilter) -> tuple[int, int]:
         """A tap's number and descriptor; raises RequestFailed. Close the descriptor before `close_tap`."""

@@ -16,6 +16,7 @@ from tomlkit.exceptions import TOMLKitError
 from tomlkit.items import AoT, Array, Item, Key
 from tomlkit.items import Table as TomlTable
 
+from mrelay.messages import MAX_BUSY_POLL
 from mrelay.model.endpoint import interface_name, whole
 from mrelay.model.issue import ConfigError, Issue, Table, fault, issues_of, show
 from mrelay.model.rule import NAME, Rule, check_loops, check_names
@@ -36,6 +37,7 @@ Trivia = list[tuple[Key | None, Item]]  # comments and blank lines, as tomlkit h
 MIN_TCP_PORT = 1024  # supervisor/tcp.py refuses those below
 
 _cores = whole(0, 1023, "a core's number such as 2; `nproc` says how many there are")
+_busy_poll = whole(0, MAX_BUSY_POLL, "microseconds such as 60, or 0 for never")
 _count = whole(1, 1024, 'a number such as 2, or "auto", or cores such as [0, 2]')
 
 
@@ -140,7 +142,8 @@ def _listen_names(value: object) -> tuple[str, ...]:
 class RelaySettings(Table):
     """The [relay] table: how the relay runs, not what it forwards.
 
-    flow_limit counts flows held at once; ring_slots counts frames a worker's receive ring holds.
+    flow_limit counts flows held at once; ring_slots counts frames a worker's receive ring holds; busy_poll is for
+    how many microseconds a worker looks for the next frame before it sleeps.
     """
 
     WHAT: ClassVar[str] = "[relay]"
@@ -156,6 +159,9 @@ class RelaySettings(Table):
     listen_names: Annotated[tuple[str, ...], PlainValidator(_listen_names)] = ()
     flow_limit: Annotated[int, PlainValidator(whole(1, 1 << 20, "a number of flows such as 65536"))] = 65536
     ring_slots: Annotated[int, PlainValidator(_ring_slots)] = 8192
+    busy_poll: Annotated[
+        int, PlainValidator(whole(0, MAX_BUSY_POLL, "microseconds such as 60, or 0 for never"))
+    ] = 60
 
 
 class Config(Table):

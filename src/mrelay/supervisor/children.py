@@ -221,9 +221,9 @@ class ControlChild(Child):
 class WorkerChild(Child):
     """A worker, and the counters that outlive it."""
 
-    def __init__(self, number: int, core: int, flow_limit: int, user: User) -> None:
+    def __init__(self, number: int, core: int, flow_limit: int, busy_poll: int, user: User) -> None:
         super().__init__(f"worker {number}", "mrelay.worker", *user)
-        self.number, self.core, self.flow_limit = number, core, flow_limit
+        self.number, self.core, self.flow_limit, self.busy_poll = number, core, flow_limit, busy_poll
         self.counters = new_counters(flow_limit)
 
 

@@ -27,6 +27,7 @@ from mrelay.kernel import caps, notify
 from mrelay.kernel.netdev import Watch
 from mrelay.messages import (
     AT_ONCE,
+    MAX_BUSY_POLL,
     AttachXdp,
     CloseTap,
     Done,
@@ -192,7 +193,7 @@ class Supervisor:
         """A new channel between this worker and control; a new worker also gets every socket."""
         theirs, its = channel_pair()
         with theirs, its:
-            setup = WorkerSetup(worker.number, worker.core, worker.flow_limit)
+            setup = WorkerSetup(worker.number, worker.core, worker.flow_limit, worker.busy_poll)
             worker.tell(setup, [its.fileno(), worker.counters])
             if equip and self._resources.fast.maps:
                 worker.tell(self._resources.fast.message(), self._resources.fast.fds())
@@ -262,7 +263,7 @@ class Supervisor:
             case Grant() | Release():
                 return self._serve_resources(asked)
             case StartWorkers():
-                self._start_workers(asked.cores, asked.flow_limit, fast=asked.fast)
+                self._start_workers(asked)
             case Listen() | ListenTcp():
                 return self._serve(asked)
             case OpenTap():
@@ -363,28 +364,35 @@ class Supervisor:
         owner = os.lstat(path)
         return Listening(id_, owner.st_uid, owner.st_gid)
 
-    def _start_workers(self, cores: tuple[int, ...], flow_limit: int, *, fast: bool) -> None:
-        self._check_workers(cores, flow_limit)
-        if fast:
-            self._resources.fast.start(len(cores), flow_limit)
+    def _start_workers(self, asked: StartWorkers) -> None:
+        self._check_workers(asked)
+        cores = asked.cores
+        if asked.fast:
+            self._resources.fast.start(len(cores), asked.flow_limit)
             self._control.tell(self._resources.fast.message(), self._resources.fast.fds())
         if self._workers:
             return
         self._resources.workers = len(cores)
-        self._workers = [WorkerChild(n, core, flow_limit, self._worker_user) for n, core in enumerate(cores)]
+        self._workers = [
+            WorkerChild(n, core, asked.flow_limit, asked.busy_poll, self._worker_user)
+            for n, core in enumerate(cores)
+        ]
         for worker in self._workers:
             self._start(worker)
 
-    def _check_workers(self, cores: tuple[int, ...], flow_limit: int) -> None:
+    def _check_workers(self, asked: StartWorkers) -> None:
+        cores, flow_limit = asked.cores, asked.flow_limit
         if self._workers:
-            same = [w.core for w in self._workers] == list(cores) and self._workers[0].flow_limit == flow_limit
-            if not same:
+            sizes = {(w.flow_limit, w.busy_poll) for w in self._workers}
+            if [w.core for w in self._workers] != list(cores) or sizes != {(flow_limit, asked.busy_poll)}:
                 raise Refused("workers can't be changed while they run", "restart the relay to change workers")
             return
         if not cores or len(set(cores)) != len(cores) or not set(cores) <= os.sched_getaffinity(0):
             raise Refused(f"cores {list(cores)} are not all ours to use")
         if not 1 <= flow_limit <= _MAX_FLOWS:
             raise Refused(f"flow limit {flow_limit}", f"choose one from 1 to {_MAX_FLOWS}")
+        if not 0 <= asked.busy_poll <= MAX_BUSY_POLL:
+            raise Refused(f"busy_poll {asked.busy_poll}", f"choose one from 0 to {MAX_BUSY_POLL}")
 
     def _announce(self, status: str) -> None:
         if not self._service.ready:
