@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-VERSION: Final = 1
+VERSION: Final = 2
 AT_ONCE: Final = 32  # resources in one message, with two descriptors each at most; or rules
 WEIGHT: Final = 256  # outputs and addresses of the rules in one message: each is 200 bytes at most on the wire
 T = TypeVar("T")

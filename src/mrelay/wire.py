@@ -1,13 +1,15 @@
 """How messages travel between the three roles: the channel, and its one form on the wire.
 
-Owns the encoding of messages.Message: one JSON object in one SOCK_SEQPACKET datagram, with its class name and the
-protocol version; descriptors ride along by SCM_RIGHTS. Used by every role. Standard library only, because the
-supervisor imports it. A message that does not decode is a bug or an attack: `BadMessage`, and the receiver exits
-(the supervisor: ends the sender). `Channel.receive` blocks unless the socket is non-blocking.
+Owns the encoding of messages.Message: JSON, `{"v":VERSION,"m":["Sync",7]}`, in one SOCK_SEQPACKET datagram. An object
+is an array of its class's name and its fields' values; descriptors ride along by SCM_RIGHTS. Used by every role.
+Standard library only, because the supervisor imports it. A message that does not decode is a bug or an attack:
+`BadMessage`, and the receiver exits (the supervisor: ends the sender). `Channel.receive` blocks unless the socket is
+non-blocking.
 """
 
 import dataclasses
 import functools
+import itertools
 import json
 import operator
 import os
@@ -35,15 +37,10 @@ _CLASSES: Final[dict[str, type]] = {
 }
 _SENDABLE: Final = frozenset(typing.get_args(Message))
 _NAMES: Final = {c: tuple(field.name for field in dataclasses.fields(c)) for c in _CLASSES.values()}
-
-
-def _table_of(cls: type) -> tuple[tuple[str, ...], Callable[[Any], tuple[Any, ...]]]:
-    """The keys of a class's table, and what reads its values; the first is its name."""
-    names = _NAMES[cls]
-    return ("t", *names), operator.attrgetter("__class__.__name__", *names, "__class__")
-
-
-_TABLES: Final = {cls: _table_of(cls) for cls in _NAMES}
+# What reads the name of an object's class and its fields. With the class itself, for of one thing it makes no tuple.
+_PARTS: Final = {
+    cls: operator.attrgetter("__class__.__name__", *names, "__class__") for cls, names in _NAMES.items()
+}
 
 
 def encode(message: Message) -> bytes:
@@ -51,10 +48,9 @@ def encode(message: Message) -> bytes:
     return _ENCODER.encode({"v": VERSION, "m": message}).encode()
 
 
-def _to_plain(value: Any) -> dict[str, Any]:
-    """What json can't take by itself: a dataclass, as a table with its name."""
-    keys, values = _TABLES[type(value)]
-    return dict(zip(keys, values(value), strict=False))
+def _to_plain(value: Any) -> tuple[Any, ...]:
+    """What json can't take by itself: a dataclass, as an array of its name and its fields."""
+    return _PARTS[type(value)](value)[:-1]
 
 
 _ENCODER: Final = json.JSONEncoder(separators=(",", ":"), default=_to_plain)
@@ -86,7 +82,7 @@ def _reader(hint: Any) -> _Reader:
     if typing.get_origin(hint) is tuple:
         return _tuple_reader(_reader(typing.get_args(hint)[0]))
     if hint in _NAMES:
-        return _table_reader(hint)
+        return _object_reader(hint)
     return _plain_reader(hint)
 
 
@@ -109,12 +105,12 @@ def _tuple_reader(item: _Reader) -> _Reader:
 
 
 def _union_reader(choices: tuple[Any, ...]) -> _Reader:
-    tables = {cls.__name__: _reader(cls) for cls in choices if cls in _NAMES}
+    objects = {cls.__name__: _reader(cls) for cls in choices if cls in _NAMES}
     plain = frozenset(choices)
 
     def read(value: Any) -> Any:
-        if isinstance(value, dict) and (table := tables.get(str(value.get("t")))):
-            return table(value)
+        if isinstance(value, list) and value and (read := objects.get(str(value[0]))):
+            return read(value)
         if type(value) in plain:
             return value
         raise BadMessage(f"unexpected {value!r}")
@@ -122,14 +118,36 @@ def _union_reader(choices: tuple[Any, ...]) -> _Reader:
     return read
 
 
-def _table_reader(cls: Any) -> _Reader:
-    fields = [(name, _reader(hint)) for name, hint in typing.get_type_hints(cls).items()]
-    keys = {"t", *_NAMES[cls]}
+def _object_reader(cls: Any) -> _Reader:
+    hints = list(typing.get_type_hints(cls).values())
+    if all(map(_is_plain, hints)):
+        return _plain_object_reader(cls, hints)
+    readers = [_reader(hint) for hint in hints]
 
     def read(value: Any) -> Any:
-        if not isinstance(value, dict) or value.keys() != keys or value["t"] != cls.__name__:
+        if not isinstance(value, list) or len(value) != 1 + len(readers) or value[0] != cls.__name__:
             raise BadMessage(f"not a {cls.__name__}: {value!r}")
-        return cls(*[read(value[name]) for name, read in fields])
+        return cls(*[read(field) for read, field in zip(readers, value[1:], strict=True)])
+
+    return read
+
+
+def _is_plain(hint: Any) -> bool:
+    return typing.get_origin(hint) is not tuple and set(_choices(hint)) <= {int, str, bool, types.NoneType}
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) or (hint,)
+
+
+def _plain_object_reader(cls: Any, hints: list[Any]) -> _Reader:
+    """Most objects, and their types are compared at once."""
+    right = frozenset(itertools.product((str,), *map(_choices, hints)))
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, list) or tuple(map(type, value)) not in right or value[0] != cls.__name__:
+            raise BadMessage(f"not a {cls.__name__}: {value!r}")
+        return cls(*value[1:])
 
     return read
 

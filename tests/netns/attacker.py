@@ -58,7 +58,7 @@ from netns import attempts
 WORD: Final = "ATTACK "
 BIG: Final = 1 << 70
 _libc: Final = ctypes.CDLL(None, use_errno=True)
-_DEEP: Final = b'{"v":1,"m":' + b"[" * 20000
+_DEEP: Final = b'{"v":2,"m":' + b"[" * 20000
 
 
 class Taken:
@@ -361,10 +361,10 @@ ATTACKS: Final[dict[str, Callable[[Taken], None]]] = {
     "flood": flood,
     "nonsense to control": nonsense_to_control,
     "no JSON": sending(b"\xff\xfe nonsense"),
-    "another version": sending(b'{"v":99,"m":{"t":"Stop"}}'),
-    "an unknown message": sending(b'{"v":1,"m":{"t":"OpenFile","path":"/etc/shadow"}}'),
-    "a field too many": sending(b'{"v":1,"m":{"t":"Ready","status":"","more":1}}'),
-    "a wrong type": sending(b'{"v":1,"m":{"t":"Ready","status":7}}'),
+    "another version": sending(b'{"v":99,"m":["Stop"]}'),
+    "an unknown message": sending(b'{"v":2,"m":["OpenFile","/etc/shadow"]}'),
+    "a field too many": sending(b'{"v":2,"m":["Ready","",1]}'),
+    "a wrong type": sending(b'{"v":2,"m":["Ready",7]}'),
     "a group as neighbour": sending(encode(ProbeNeighbour(1, "239.1.1.1"))),
     "a neighbour without address": sending(encode(ProbeNeighbour(1, "\ud800"))),
     "a neighbour on a huge interface": sending(encode(ProbeNeighbour(BIG, "10.0.0.1"))),
@@ -372,7 +372,7 @@ ATTACKS: Final[dict[str, Callable[[Taken], None]]] = {
     "truncated": sending(encode(Ready("x" * 100))[:50]),
     "oversized": sending(encode(Ready("x" * 150_000))),
     "deeply nested": sending(_DEEP),
-    "a huge number": sending(b'{"v":1,"m":{"t":"Done","id":' + b"9" * 10000 + b"}}"),
+    "a huge number": sending(b'{"v":2,"m":["Done",' + b"9" * 10000 + b"]}"),
     "too much at once": sending(encode(Grant(1, (SetGro(0),) * (AT_ONCE + 1)))),
     "descriptors": sending(encode(Ready("")), fds=3),
     "many descriptors": sending(encode(Ready("")), fds=250),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mrelay.messages import (
     AT_ONCE,
+    VERSION,
     Grant,
     JoinGroup,
     LogLevel,
@@ -74,31 +75,38 @@ def test_other_bytes_are_bad_messages(data: bytes) -> None:
 )
 def test_other_json_is_a_bad_message(value: object) -> None:
     with pytest.raises(BadMessage):
-        decode(json.dumps({"v": 1, "m": value}).encode())
+        decode(json.dumps({"v": VERSION, "m": value}).encode())
 
 
 @pytest.mark.parametrize(
     "plain",
     [
-        {"t": "Sync"},
-        {"t": "Sync", "id": "1"},
-        {"t": "Sync", "id": True},
-        {"t": "Sync", "id": 1, "more": 2},
-        {"t": "RuleOutput", "link": 0},
-        {"t": "JoinGroup", "ifindex": 3, "group": "239.1.1.1", "source": None},
-        {"t": "Grant", "id": 1, "what": {"t": "JoinGroup", "ifindex": 3, "group": "239.1.1.1", "source": None}},
-        {"t": "Grant", "id": 1, "what": [{"t": "Stop"}]},
-        {"t": "Grant", "id": 1, "what": [{"t": "Refusal", "at": 0, "errno": 0, "problem": "", "remedy": ""}]},
+        {"t": "Sync", "id": 1},
+        "Stop",
+        [],
+        [["Sync", 1]],
+        ["Sync"],
+        ["Sync", "1"],
+        ["Sync", True],
+        ["Sync", 1.0],
+        ["Sync", None],
+        ["Sync", 1, 2],
+        ["RuleOutput", 0, 1, 2, None, None, 0, -1, True],
+        ["JoinGroup", 3, "239.1.1.1", None],
+        ["Grant", 1, ["JoinGroup", 3, "239.1.1.1", None]],
+        ["Grant", 1, [["JoinGroup", 3, "239.1.1.1", 1]]],
+        ["Grant", 1, [["Stop"]]],
+        ["Grant", 1, [["Refusal", 0, 0, "", ""]]],
     ],
 )
 def test_near_misses_are_refused(plain: object) -> None:
     with pytest.raises(BadMessage):
-        decode(json.dumps({"v": 1, "m": plain}).encode())
+        decode(json.dumps({"v": VERSION, "m": plain}).encode())
 
 
 def test_another_version_is_refused() -> None:
     with pytest.raises(BadMessage, match="version"):
-        decode(b'{"v":2,"m":{"t":"Stop"}}')
+        decode(b'{"v":1,"m":["Stop"]}')
 
 
 def test_descriptors_go_along_and_a_bad_message_leaks_none() -> None:
