@@ -1,10 +1,10 @@
 """How messages travel between the three roles: the channel, and its one form on the wire.
 
-Owns the encoding of messages.Message: JSON, `{"v":VERSION,"m":["Sync",7]}`, in one SOCK_SEQPACKET datagram. An object
-is an array of its class's name and its fields' values; descriptors ride along by SCM_RIGHTS. Used by every role.
-Standard library only, because the supervisor imports it. A message that does not decode is a bug or an attack:
-`BadMessage`, and the receiver exits (the supervisor: ends the sender). `Channel.receive` blocks unless the socket is
-non-blocking.
+Owns the encoding of messages.Message: JSON, `{"v":VERSION,"m":["Sync",7]}`, in one SOCK_SEQPACKET datagram. An
+object is an array of its class's name and its fields' values; descriptors ride along by SCM_RIGHTS. Used by every
+role. Standard library only, because the supervisor imports it. A message that does not decode is a bug or an
+attack: `BadMessage`, and the receiver exits (the supervisor: ends the sender). `Channel.receive` blocks unless the
+socket is non-blocking.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ _CLASSES: Final[dict[str, type]] = {
 }
 _SENDABLE: Final = frozenset(typing.get_args(Message))
 _NAMES: Final = {c: tuple(field.name for field in dataclasses.fields(c)) for c in _CLASSES.values()}
-# What reads the name of an object's class and its fields. With the class itself, for of one thing it makes no tuple.
+# What reads the name of an object's class, its fields, and the class again: with less there may be no tuple.
 _PARTS: Final = {
     cls: operator.attrgetter("__class__.__name__", *names, "__class__") for cls, names in _NAMES.items()
 }
