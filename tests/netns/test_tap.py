@@ -1,6 +1,7 @@
 """Taps: which frames they let in, what is known of each, and what else their descriptor is good for."""
 
 import asyncio
+import contextlib
 import errno
 import mmap
 import os
@@ -15,7 +16,7 @@ import pytest
 
 from mrelay.control.tap import PORTION, Tap
 from mrelay.kernel.packet import VIRTIO_NET_HDR
-from mrelay.kernel.tap import MOST, Frame, disarm, open_tap, read, tap_filter
+from mrelay.kernel.tap import MOST, SO_TIMESTAMPNS, Frame, disarm, open_tap, read, tap_filter
 from mrelay.messages import OpenTap, TapFilter
 from mrelay.supervisor.taps import MAX_TAPS, Taps
 from netns.frames import ethernet, ipv4, ipv6, multicast_mac, udp, udp_frame
@@ -259,6 +260,18 @@ def test_the_supervisor_opens_so_many_and_ends_them(host: Namespace) -> None:
         taps.open(OpenTap(999, ifindex, TapFilter(ALL)))
         taps.close_all()
         eventually(lambda: len(host.read("packet").splitlines()) == 1, "no packet socket")
+
+
+@pytest.mark.parametrize(("networks", "timed"), [((), 0), (ALL, 1)])
+def test_who_listens_all_the_time_has_no_frame_timed(
+    host: Namespace, networks: tuple[str, ...], timed: int
+) -> None:
+    taps = Taps()
+    with host.inside():
+        taps.open(OpenTap(1, socket.if_nametoindex("v0"), TapFilter(networks, membership=True)))
+    with contextlib.closing(socket.socket(fileno=os.dup(taps.fd(1)))) as sock:
+        assert sock.getsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS) == timed
+    taps.close_all()
 
 
 def test_a_flood_takes_a_share_of_the_loop(host: Namespace) -> None:

@@ -73,12 +73,12 @@ UNUSED: Final = 0x88B6  # linux/if_ether.h: IEEE 802 local experimental, which n
 
 
 class Frame(NamedTuple):
-    """One frame as a tap had it. `time`: nanoseconds since 1970; `network`: where the network header is in `data`.
+    """One frame as a tap had it. `time`: nanoseconds since 1970, 0 when the tap is not timed.
 
-    `length` is what it had on the wire, link-layer header included, and `data` its beginning. `segment`: the
-    payload of each datagram in a merged frame, 0 for a single datagram. `complete`: its transport checksum is
-    there; not in frames that this host still has to finish. `missed`: frames before it that found the buffer full,
-    since the tap was opened.
+    `network`: where the network header is in `data`. `length`: what it had on the wire, with link-layer header;
+    `data` is its beginning. `segment`: the payload of each datagram in a merged frame, 0 for a single datagram.
+    `complete`: its transport checksum is there; not in frames that this host still has to finish. `missed`: frames
+    before it that found the buffer full, since the tap was opened.
     """
 
     time: int
@@ -182,10 +182,14 @@ _HOSTS_UDP: Final = (
 )
 
 
-def open_tap(ifindex: int, program: Sequence[Insn], *, outgoing: bool, protocol: int = ETH_P_ALL) -> socket.socket:
+def open_tap(
+    ifindex: int, program: Sequence[Insn], *, outgoing: bool, protocol: int = ETH_P_ALL, timed: bool = True
+) -> socket.socket:
     """A non-blocking tap on an interface, its filter locked. OSError as the kernel says it.
 
-    ETH_P_ALL gets frames before tc does, ETH_P_IP and ETH_P_IPV6 incoming ones that tc passed on.
+    ETH_P_ALL gets frames before tc does, ETH_P_IP and ETH_P_IPV6 incoming ones that tc passed on. While a tap that
+    is `timed` is open, the kernel takes the time of every frame on this host (net_enable_timestamp()): 5 % of what
+    it can forward.
 
     Whoever has its descriptor can send no packet through it: its transmit ring takes frames of 22 bytes at most.
     """
@@ -195,7 +199,7 @@ def open_tap(ifindex: int, program: Sequence[Insn], *, outgoing: bool, protocol:
         cbpf.attach(sock, program)
         sock.setsockopt(socket.SOL_SOCKET, cbpf.SO_LOCK_FILTER, 1)
         sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, BUFFER)
-        sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, int(timed))
         sock.setsockopt(socket.SOL_SOCKET, SO_RXQ_OVFL, 1)
         for option, value in (
             (PACKET_VNET_HDR, 1),

@@ -40,6 +40,7 @@ class Taps:
             program,
             outgoing=request.what.outgoing,
             protocol=PROTOCOLS[request.what.family],
+            timed=bool(request.what.networks),  # memberships are listened to all the time, and need no time
         )
         return Tapped(request.id)
 
