@@ -17,6 +17,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from mrelay.addresses import address_of
 from mrelay.control.links import Link, LinkTable
 from mrelay.control.routes import UNSEEN, Hop, Reached
 from mrelay.ebpf.carry import NOT_XDP, REASONS, why_not
@@ -69,7 +70,7 @@ def hop_of(egress: OpenEgress, link: Link | None) -> Hop | None:
 @functools.lru_cache(1 << 16)
 def is_group(address: str) -> bool:
     """Whether it is one, asked again and again of the same thousands."""
-    return ipaddress.ip_address(address).is_multicast
+    return address_of(address).is_multicast
 
 
 class FastPath:

@@ -12,9 +12,18 @@ from collections.abc import Callable
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    PlainValidator,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
+from mrelay.addresses import address_of
 from mrelay.model.issue import Table, fault, show
 
 T = TypeVar("T")
@@ -101,7 +110,7 @@ def _bare(value: object) -> str:
 def _network(value: object) -> Network:
     text = _bare(value)
     try:
-        return ipaddress.ip_network(text)
+        return ipaddress.ip_network(text if "/" in text else address_of(text).packed)
     except ValueError:
         pass
     try:
@@ -116,7 +125,7 @@ def _network(value: object) -> Network:
 def _address(value: object) -> Address:
     text = _bare(value)
     try:
-        address = ipaddress.ip_address(text)
+        address = address_of(text)
     except ValueError:
         remedy = "write one address, for example 239.1.1.1 or [ff3e::1], or * to keep the input's"
         what = "is a prefix, and an output is one address" if "/" in text else "is not an IP address"
@@ -285,9 +294,10 @@ def _in_order(low: int, high: int) -> None:
         raise fault(f"range {low}-{high} runs backwards", f"write {high}-{low}")
 
 
-def _ports(value: object) -> object:
+def _ports(value: object, table: ValidatorFunctionWrapHandler) -> PortRange:
     """Text is as good as a table."""
-    return _ports_of(value) if isinstance(value, str | int) else value
+    made: PortRange = _ports_of(value) if isinstance(value, str | int) else table(value)
+    return made
 
 
 @functools.lru_cache(1024, typed=True)  # thousands of rules have few of them
@@ -338,7 +348,7 @@ class Input(Endpoint):
     EXAMPLE: ClassVar[str] = "eth0:239.1.1.1:5000"
 
     address: Annotated[Network, PlainValidator(_input_address)] = Field(examples=['"239.1.1.1"'])
-    ports: Annotated[PortRange, BeforeValidator(_ports)] = Field(validation_alias="port", examples=["5000"])
+    ports: Annotated[PortRange, WrapValidator(_ports)] = Field(validation_alias="port", examples=["5000"])
     source: Annotated[Network | None, PlainValidator(_input_source), AfterValidator(_same_family)] = None
     vlan: Annotated[int | None, PlainValidator(_keeping("untagged", whole(1, 4094, "a VLAN such as 20")))] = None
 

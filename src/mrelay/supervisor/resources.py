@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from mrelay.addresses import address_of
 from mrelay.counters_size import MAX_LINKS
 from mrelay.kernel import ethtool, packet, rtnetlink, udp
 from mrelay.kernel.membership import MembershipPool, UnicastPool
@@ -345,7 +346,7 @@ def _port(port: int) -> int:
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     try:
-        address = ipaddress.ip_address(text)
+        address = address_of(text)
     except ValueError:
         raise Refused(f"{text!r:.50} is no address") from None
     _require("%" not in text, f"{text!r:.50} has a scope; the interface is named by its index")
