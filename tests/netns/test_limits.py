@@ -13,16 +13,19 @@ from netns.traffic import Receiver, Sender, number, payloads
 pytestmark = pytest.mark.netns
 GROUP, OUT = "239.1.1.1", "239.2.2.2"
 PPS = 2000
-BURST = PPS // 10
 
 
 @pytest.mark.parametrize("segmented", [False, True], ids=["single", "merged"])
 def test_a_rate_is_kept_and_costs_no_other_rule(lab: Lab, segmented: bool) -> None:
-    """Ten times the rate comes; a second rule for the same stream is not limited."""
+    """Ten times the rate comes; a second rule for the same stream is not limited.
+
+    No more than 250 merged frames a second: a ring holds 60, and another test may hold the worker up.
+    """
+    pps = 500
     star = lab.star(outputs=2)
-    config = rule("slow", f"in0:{GROUP}:5000", f"out0:{OUT}:6000", rate=f"{PPS}pps")
+    config = rule("slow", f"in0:{GROUP}:5000", f"out0:{OUT}:6000", rate=f"{pps}pps")
     config += rule("all", f"in0:{GROUP}:5000", f"out1:{OUT}:6000")
-    sent = payloads(20_000, 200)
+    sent = payloads(5_000, 200)
     with (
         Receiver(star.sink, "k0", 6000, OUT) as slow,
         Receiver(star.sink, "k1", 6000, OUT) as whole,
@@ -35,14 +38,14 @@ def test_a_rate_is_kept_and_costs_no_other_rule(lab: Lab, segmented: bool) -> No
         start = time.monotonic()
         for first in range(0, len(sent), 20):
             (sender.send_segmented if segmented else sender.send)(GROUP, 5000, sent[first : first + 20])
-            time.sleep(max(0.0, start + (first + 20) / (10 * PPS) - time.monotonic()))
+            time.sleep(max(0.0, start + (first + 20) / (10 * pps) - time.monotonic()))
         reader.join()
         elapsed = time.monotonic() - start
         assert got == sent, "each byte, in order"
         stats = relay.await_received(len(sent))
         passed = {counted["name"]: counted["packets"] for counted in stats["rules"]}
         assert passed["all"] == stats["matched"] == len(sent)
-        assert PPS * elapsed / 3 < passed["slow"] < BURST + PPS * elapsed + 64, "64: a bucket may end in debt"
+        assert pps * elapsed / 3 < passed["slow"] < pps / 10 + pps * elapsed + 64, "64: a bucket may end in debt"
         numbers = [number(payload) for payload in slow.receive(passed["slow"])]
         assert numbers == sorted(set(numbers)), "what passes is in order, and none twice"
 
