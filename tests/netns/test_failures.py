@@ -40,11 +40,12 @@ def spare(relay: Relay, *but: int) -> int:
 
 
 def settled(pid: int) -> bool:
-    """Whether a child has dropped its privileges, and so is done with its imports."""
+    """Whether a child has dropped its privileges, and so is done with its imports, and waits, so has beaten."""
     try:
-        return "\nUid:\t0\t" not in Path(f"/proc/{pid}/status").read_text()
+        status = Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
         return False
+    return "\nUid:\t0\t" not in status and "\nState:\tS" in status
 
 
 def passes(wire: Capture, sender: Sender, text: bytes) -> None:
