@@ -149,7 +149,7 @@ def test_ipv6(lab: Lab) -> None:
 
 def test_jumbo_frames(lab: Lab) -> None:
     star = lab.star(mtu=9000)
-    sent = payloads(40, 8900)  # of 60 long slots; a flow that the kernel takes over waits for 45 frames at most
+    sent = payloads(40, 8900)  # of 120 long slots; a flow that the kernel takes over waits for 90 frames at most
     config = rule("a", f"in0:{GROUP}:5000", "out0:239.2.2.2:6000")
     with Capture(star.sink, "k0") as wire, Sender(star.source) as sender, Relay(star.relay, config):
         sender.send(GROUP, 5000, sent)

@@ -19,7 +19,7 @@ PPS = 2000
 def test_a_rate_is_kept_and_costs_no_other_rule(lab: Lab, segmented: bool) -> None:
     """Ten times the rate comes; a second rule for the same stream is not limited.
 
-    No more than 250 merged frames a second: a ring holds 60, and another test may hold the worker up.
+    No more than 250 merged frames a second: a ring holds 120, and another test may hold the worker up.
     """
     pps = 500
     star = lab.star(outputs=2)

@@ -52,7 +52,7 @@ SHORT: Final = SLOT - L3_OFFSET  # bytes, link-layer header included: longer fra
 # The ring for long frames: jumbo frames, reassembled datagrams, and the 64 kB that GRO makes.
 LONG_SLOT: Final = -(-(65536 + 512) // mmap.PAGESIZE) * mmap.PAGESIZE
 _LONG_BLOCK: Final = 15  # slots a block: with 4 kB pages just under 1 MB
-LONG_SLOTS: Final = 4 * _LONG_BLOCK  # 60 of them: 4 MB, which a second-level cache nearly holds (D1)
+LONG_SLOTS: Final = 8 * _LONG_BLOCK  # 120 of them: 8 MB, what comes in while the receive thread has the core (D1)
 _SHORT_BLOCK: Final = 32 * max(1, mmap.PAGESIZE // 65536)  # slots a block: 64 kB, a whole page at least
 
 
