@@ -147,7 +147,7 @@ def _crowded(results: Results) -> list[str]:
     for sample in load:
         figures, where = sample.figures, f"{sample.case}, {sample.peer}, round {sample.round}"
         taken = figures["out"] / sample.case.copies
-        if figures["offered"] < 0.9 * figures["wanted"] and taken > 0.95 * figures["offered"]:
+        if taken > 0.98 * figures["offered"]:
             found.append(f"{where}: the generator was the limit ({figures['offered']:,.0f} offered a second)")
         if figures["lost_egress"] > 0.02 * max(1.0, figures["lost"]) and sample.case.segment:
             found.append(

@@ -260,15 +260,19 @@ def losses(results: Results) -> Table:
 
 
 def room(results: Results) -> Table:
-    """Whether generator and sink could have done more: the largest share of what they had."""
+    """Whether generator and sink could have done more: the largest share of what they had.
+
+    Senders that use a socket make what they can; the notes say where that was too little.
+    """
     load = [sample for sample in results.samples if "offered" in sample.figures]
     rows = []
     for name in results.peers:
         own = [sample for sample in load if sample.peer == name]
         if own:
-            offered = min(sample.figures["offered"] / sample.figures["wanted"] for sample in own)
+            made = [s.figures["offered"] / s.figures["wanted"] for s in own if s.case.sender == "xdp"]
             shares, stolen = ([s.figures[f] for s in own] for f in ("sink_share", "busy_core_steal"))
             share = max((each for each in shares if not isnan(each)), default=0.0)
-            rows.append((name, f"{100 * offered:.0f} %", f"{share:.1f} %", f"{max(stolen):.1f} %"))
+            offered = f"{100 * min(made):.0f} %" if made else "–"
+            rows.append((name, offered, f"{share:.1f} %", f"{max(stolen):.1f} %"))
     heads = ("", "offered, of what was wanted, at least", "sink's share of its core, at most", "stolen, at most")
     return Table("Room: generator, sink, machine", heads, tuple(rows))
