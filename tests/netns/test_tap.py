@@ -241,6 +241,25 @@ def test_it_ends_when_its_interface_was_elsewhere_meanwhile(lab: Lab, host: Name
         assert asyncio.run(_left(Tap(tap.sock, MOST))) == []
 
 
+def test_it_ends_when_its_interface_went_down_before_it_went(
+    host: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells of the first alone."""
+    monkeypatch.setattr("mrelay.control.tap._LOOK", 0.2)
+    with Listening(host, *ALL) as tap:
+        listening = Tap(tap.sock, MOST)
+
+        async def left() -> list[Frame]:
+            reading = asyncio.create_task(_left(listening))
+            host.ip("link set v0 down")
+            while not listening.down:
+                await asyncio.sleep(0.01)
+            host.ip("link del v0")
+            return await reading
+
+        assert asyncio.run(left()) == []
+
+
 async def _left(tap: Tap) -> list[Frame]:
     async with asyncio.timeout(10):
         return [frame async for frame in tap]

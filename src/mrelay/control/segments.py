@@ -6,6 +6,7 @@ what to follow) and why. Nothing blocks.
 """
 
 import asyncio
+import errno
 import logging
 import time
 from collections import OrderedDict
@@ -145,3 +146,4 @@ class Segments:
             self.by_ifindex[ifindex] = segment
             async for frame in tap:
                 segment.hear(frame)
+        raise RequestFailed(errno.ENODEV, "the interface is gone", "")  # the other tap is opened anew as well

@@ -145,8 +145,21 @@ class Supervisor:
         self._channel.send(message)
         try:
             return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._unwanted(*future.result())
+            raise
         finally:
             del self._waiting[message.id]
+
+    def _unwanted(
+        self, answer: Outcome | Done | Listening | ListeningTcp | Tapped | Failed, fds: list[int]
+    ) -> None:
+        """Whoever asked was cancelled."""
+        for fd in fds:
+            os.close(fd)
+        if isinstance(answer, Tapped):
+            self.close_tap(answer.id)
 
     def _receive(self, message: Message, fds: list[int]) -> None:
         if isinstance(message, Outcome | Done | Listening | ListeningTcp | Tapped | Failed):
@@ -158,9 +171,8 @@ class Supervisor:
 
     def _answer(self, answer: Outcome | Done | Listening | ListeningTcp | Tapped | Failed, fds: list[int]) -> None:
         future = self._waiting.get(answer.id)
-        if future is None or future.done():  # whoever asked was cancelled
-            for fd in fds:
-                os.close(fd)
+        if future is None or future.done():
+            self._unwanted(answer, fds)
         elif isinstance(answer, Failed):
             future.set_exception(RequestFailed(answer.errno, answer.problem, answer.remedy))
         else:

@@ -27,18 +27,20 @@ __all__ = ["Frame", "Tap", "TapFilter", "open_tap"]
 PORTION: Final = 64  # frames at a time
 REST: Final = 3  # times the processor time that a portion and its reader took: a quarter of one at most
 _PAUSE: Final = 0.001  # seconds of rest at least
+_LOOK: Final = 5.0  # seconds between two looks whether an interface that is down is still there
 
 
 class Tap:
     """An open tap: `async for frame in tap` goes on until it is cancelled or left, or the interface is gone.
 
     `dropped`: frames that passed the filter and found the buffer full. `bad`: that could not be read.
+    `down`: whether the interface was, when last heard of.
     """
 
     def __init__(self, sock: socket.socket, snap: int) -> None:
         self._sock, self._buffer = sock, bytearray(VIRTIO_NET_HDR.size + snap)
         self._dropped = 0
-        self._deaf = False
+        self.down = False
         self.bad = 0
 
     @property
@@ -48,19 +50,25 @@ class Tap:
         return self._dropped
 
     async def __aiter__(self) -> AsyncIterator[Frame]:
-        while not self._deaf:
+        while True:
             await self._readable()
             started = time.thread_time()
             for frame in self._portion():
                 yield frame
+            if self.down and tap.is_deaf(self._sock):
+                return
             await asyncio.sleep(max(_PAUSE, REST * (time.thread_time() - started)))
 
     async def _readable(self) -> None:
+        """Return when there is something to read; while the interface is down also at intervals, for then it goes
+        without a word.
+        """
         loop = asyncio.get_running_loop()
         ready = asyncio.Event()
         loop.add_reader(self._sock, ready.set)
         try:
-            await ready.wait()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ready.wait(), _LOOK if self.down else None)
         finally:
             loop.remove_reader(self._sock)
 
@@ -73,12 +81,13 @@ class Tap:
                 break
             except OSError as error:
                 if error.errno == errno.ENETDOWN:  # said once; frames come again when it is up
-                    self._deaf = tap.is_deaf(self._sock)
+                    self.down = True
                     continue
                 frame = None
             if frame is None:
                 self.bad += 1
             else:
+                self.down = False
                 found.append(frame)
         return found
 
