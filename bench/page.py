@@ -81,8 +81,9 @@ def _machine(results: Results) -> str:
     )
 
 
-def record(results: Results, source: Path) -> None:
-    """Keep the run, fill the page, draw the pictures."""
+def record(source: Path) -> None:
+    """Keep the run, fill the page, draw the pictures: from the file, whose figures are rounded."""
+    results = Results.load(source)
     if source.resolve() != RECORDED:
         RECORDED.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, RECORDED)
@@ -100,10 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the page is out of date")
     options = parser.parse_args(arguments)
     try:
-        results = Results.load(options.result)
         if options.check:
+            results = Results.load(options.result)
             return int(any(filled(page.read_text(), results) != page.read_text() for page in PAGES))
-        record(results, options.result)
+        record(options.result)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

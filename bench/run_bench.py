@@ -214,7 +214,7 @@ def _keep(results: Results, options: argparse.Namespace, console: Console) -> No
     names = " ".join(picture.name for picture in made)
     console.print(f"{results.seconds / 60:.1f} minutes; {file}; {names}", highlight=False, soft_wrap=True)
     if options.record and results.complete:
-        page.record(results, file)
+        page.record(file)
         console.print("recorded in docs/performance.md, README.md and bench/results", highlight=False)
 
 
