@@ -23,13 +23,13 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
+from control_scene import Scene
 from fake_roles import until
 from mrelay.control import server
 from mrelay.control.api import create_app
 from mrelay.control.peers import Peer
 from mrelay.control.relay import Relay
 from mrelay.messages import Stop
-from unit.test_control_main import Scene
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "15"))
 

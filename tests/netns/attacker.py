@@ -303,7 +303,6 @@ OTHERS: Final[dict[str, Message]] = {
     "workers more": StartWorkers(908, (0, 1, 2, 3, 4, 5), 64, 0),
     "workers on a huge core": StartWorkers(909, (BIG,), 64, 0),
     "workers with more flows": StartWorkers(910, (0,), BIG, 0),
-    "workers that never sleep": StartWorkers(936, (0,), 64, BIG),
 }
 
 

@@ -1,11 +1,15 @@
 """What is remembered of queries and reports on a segment."""
 
+import asyncio
 import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
 from mrelay.control import segments
-from mrelay.control.segments import Segment
+from mrelay.control.segments import Segment, Segments
 from mrelay.kernel.tap import Frame
 from netns.frames import ROUTER_ALERT, checksum, ethernet, ipv4, multicast_mac
 
@@ -72,3 +76,31 @@ def test_nonsense_is_nothing(segment: Segment) -> None:
     good = report(HOST, 4)
     segment.hear(good._replace(data=good.data[:-1] + b"\0"))
     assert segment.members(4, GROUP) == ()
+
+
+def test_when_one_tap_of_an_interface_ends_both_are_opened_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other may have been opened when the interface was back already, and would go on for ever."""
+    opened: list[int] = []
+
+    @asynccontextmanager
+    async def open_tap(_: Any, __: int, what: Any) -> AsyncIterator[AsyncIterator[Frame]]:
+        opened.append(what.family)
+
+        async def frames() -> AsyncIterator[Frame]:
+            if what.family == 6 or len(opened) > 2:
+                await asyncio.Event().wait()
+            for frame in list[Frame]():
+                yield frame
+
+        yield frames()
+
+    async def listen() -> None:
+        listening = asyncio.create_task(Segments(None)._listen(1))  # type: ignore[arg-type]  # no supervisor needed
+        while len(opened) < 4:
+            await asyncio.sleep(0)
+        listening.cancel()
+
+    monkeypatch.setattr(segments, "open_tap", open_tap)
+    monkeypatch.setattr(segments, "_AGAIN", 0.0)
+    asyncio.run(asyncio.wait_for(listen(), 5))
+    assert opened == [4, 6, 4, 6]

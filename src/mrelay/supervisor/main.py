@@ -381,18 +381,13 @@ class Supervisor:
             self._start(worker)
 
     def _check_workers(self, asked: StartWorkers) -> None:
-        cores, flow_limit = asked.cores, asked.flow_limit
         if self._workers:
             sizes = {(w.flow_limit, w.busy_poll) for w in self._workers}
-            if [w.core for w in self._workers] != list(cores) or sizes != {(flow_limit, asked.busy_poll)}:
+            same = sizes == {(asked.flow_limit, asked.busy_poll)}
+            if not same or [w.core for w in self._workers] != list(asked.cores):
                 raise Refused("workers can't be changed while they run", "restart the relay to change workers")
             return
-        if not cores or len(set(cores)) != len(cores) or not set(cores) <= os.sched_getaffinity(0):
-            raise Refused(f"cores {list(cores)} are not all ours to use")
-        if not 1 <= flow_limit <= _MAX_FLOWS:
-            raise Refused(f"flow limit {flow_limit}", f"choose one from 1 to {_MAX_FLOWS}")
-        if not 0 <= asked.busy_poll <= MAX_BUSY_POLL:
-            raise Refused(f"busy_poll {asked.busy_poll}", f"choose one from 0 to {MAX_BUSY_POLL}")
+        check_sizes(asked)
 
     def _announce(self, status: str) -> None:
         if not self._service.ready:
@@ -526,6 +521,17 @@ def _noted(*_: object) -> None:
 
 def _down(worker: WorkerChild, reason: str) -> WorkerDown:
     return WorkerDown(worker.number, worker.restarts, reason, worker.trouble, worker.delay)
+
+
+def check_sizes(asked: StartWorkers) -> None:
+    """Raises Refused for workers that there can't be on this host."""
+    cores, flow_limit = asked.cores, asked.flow_limit
+    if not cores or len(set(cores)) != len(cores) or not set(cores) <= os.sched_getaffinity(0):
+        raise Refused(f"cores {list(cores)} are not all ours to use")
+    if not 1 <= flow_limit <= _MAX_FLOWS:
+        raise Refused(f"flow limit {flow_limit}", f"choose one from 1 to {_MAX_FLOWS}")
+    if not 0 <= asked.busy_poll <= MAX_BUSY_POLL:
+        raise Refused(f"busy_poll {asked.busy_poll}", f"choose one from 0 to {MAX_BUSY_POLL}")
 
 
 def _remedy(child: Child) -> str:
