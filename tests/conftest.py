@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,10 @@ NETNS_CAPABILITIES = {
 # A shared machine stalls at will, so no example has a deadline; a build machine repeats the same examples.
 settings.register_profile("mrelay", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("mrelay")
+
+# A shell's job in the background ignores Ctrl-C, and so would all that is started here and told to end by it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
