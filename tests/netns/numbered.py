@@ -79,6 +79,8 @@ class Numbers:
         self._star.relay.run("ethtool", "-K", "in0", "gro", "on")
         for i in range(outputs):
             self._star.sink.run("ethtool", "-K", f"k{i}", "gro", "on")
+            # Frames that are no XDP's have a queue for each CPU that sends; with RPS they have one.
+            self._star.sink.run("sh", "-c", f"echo 1 >/sys/class/net/k{i}/queues/rx-0/rps_cpus")
             with self._star.sink.inside():
                 link = libbpf.attach_ingress(sink, socket.if_nametoindex(f"k{i}"))
             assert isinstance(link, libbpf.TcxLink)
