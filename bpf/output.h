@@ -1,6 +1,6 @@
 /* What an output makes of a frame's headers: link-layer addresses, IP and UDP, and IPv4's own checksum, which is
- * always whole and so is summed anew. UDP's is left to whoever calls, with what changed that it covers: tc and XDP
- * know different things of it. */
+ * always whole and so is summed anew. UDP's is left to whoever calls, with what changed that it covers: only tc sees
+ * partial ones. */
 #ifndef OUTPUT_H
 #define OUTPUT_H
 
@@ -77,6 +77,18 @@ ALWAYS_INLINE void set_ports(struct udphdr *udp, const struct output *output, st
     __u32 *ports = (void *)udp;
     change->from = *ports;
     change->to = *ports = output->source_port | (__u32)output->port << 16;
+}
+
+/* A whole one, incrementally (RFC 1624); 0 says that there is none. The difference in the UDP header's own sum: the
+ * ports' change, which a checksum takes off again, and the addresses' with it. */
+ALWAYS_INLINE __u32 mend_whole(struct udphdr *udp, const struct change *change)
+{
+    __u64 ports = (__u64)(__u32)~change->from + change->to;
+    if (!udp->check)
+        return carry_in(ports);
+    __u16 check = ~fold((__u16)~udp->check + change->addresses + ports);
+    udp->check = check ?: 0xffff;
+    return ~carry_in(change->addresses);
 }
 
 /* `eth` and the headers behind it lie in the packet, within bounds. */

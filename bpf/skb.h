@@ -48,6 +48,7 @@ ALWAYS_INLINE _Bool read_frame4(struct frame *frame, struct flow4_key *key)
         return 0;
     read_key4(key, skb->ifindex, vlan_of(skb), head);
     read_head4(frame, head);
+    frame->partial = looks_partial4(head);
     return set_merged_sizes(frame, ntohs(head->ip.tot_len));
 }
 
@@ -62,6 +63,7 @@ ALWAYS_INLINE _Bool read_frame6(struct frame *frame, struct flow6_key *key)
         return 0;
     read_key6(key, skb->ifindex, vlan_of(skb), head);
     read_head6(frame, head);
+    frame->partial = looks_partial6(head);
     return set_merged_sizes(frame, ntohs(head->ip.payload_len) + sizeof(*ip));
 }
 

@@ -13,18 +13,16 @@
 
 /* ---- passing on ---- */
 
-/* A frame of a local sender has, for a checksum, the sum of the pseudo-header alone. One in 65536 others looks like
- * it; that is only looked at when a flow is about to be carried. */
+/* Only looked at when a flow is about to be carried: one in 65,536 that only looks so does no harm. */
 ALWAYS_INLINE _Bool is_partial(const struct frame *frame)
 {
-    void *ip = (void *)(long)frame->xdp->data + ETHERNET;
-    _Bool six = frame->headers == sizeof(struct head6);
-    if (ip + (six ? sizeof(struct head6) : sizeof(struct head4)) > (void *)(long)frame->xdp->data_end)
-        return 1;
-    const void *addresses = six ? ip + offsetof(struct ipv6hdr, saddr) : ip + offsetof(struct iphdr, saddr);
-    __u64 sum = six ? sum_words(addresses, 8) : sum_words(addresses, 2);
-    const struct udphdr *udp = ip + (six ? sizeof(struct ipv6hdr) : sizeof(struct iphdr));
-    return udp->check == fold(sum + htons(IPPROTO_UDP) + udp->len);
+    struct ethhdr *eth = (void *)(long)frame->xdp->data;
+    void *end = (void *)(long)frame->xdp->data_end;
+    struct head4 *four = (void *)(eth + 1);
+    struct head6 *six = (void *)(eth + 1);
+    if (frame->headers == sizeof(*four))
+        return (void *)(four + 1) > end || looks_partial4(four);
+    return (void *)(six + 1) > end || looks_partial6(six);
 }
 
 /* False: the driver has no room for it. */
@@ -61,16 +59,6 @@ ALWAYS_INLINE _Bool is_open(const struct flow *flow)
 
 /* ---- sending ---- */
 
-/* Incremental, RFC 1624; 0 says that there is none. */
-ALWAYS_INLINE void mend_checksum(struct udphdr *udp, const struct change *change)
-{
-    if (!udp->check)
-        return;
-    __u64 sum = (__u16)~udp->check + change->addresses + (__u32)~change->from + change->to;
-    __u16 check = ~fold(sum);
-    udp->check = check ?: 0xffff;
-}
-
 ALWAYS_INLINE _Bool rewrite(const struct frame *frame, const struct output *output, const struct hop *hop)
 {
     struct ethhdr *eth = (void *)(long)frame->xdp->data;
@@ -82,12 +70,12 @@ ALWAYS_INLINE _Bool rewrite(const struct frame *frame, const struct output *outp
         if ((void *)(four + 1) > end)
             return 0;
         write4(frame, output, hop, eth, &change);
-        mend_checksum(&four->udp, &change);
+        mend_whole(&four->udp, &change);
     } else {
         if ((void *)(six + 1) > end)
             return 0;
         write6(frame, output, hop, eth, &change);
-        mend_checksum(&six->udp, &change);
+        mend_whole(&six->udp, &change);
     }
     return 1;
 }
