@@ -28,6 +28,7 @@ from mrelay.messages import (
     Message,
     OpenTap,
     Outcome,
+    PutMore,
     PutRule,
     PutRules,
     Ready,
@@ -39,6 +40,7 @@ from mrelay.messages import (
     Sync,
     Synced,
     WorkerUp,
+    joined,
 )
 from mrelay.model.ruleset import rules_digest
 from mrelay.wire import BadMessage, Channel, channel_pair
@@ -99,6 +101,10 @@ class FakeWorker:
         assert not fds
         if isinstance(message, PutRules):
             self.incoming |= {rule.rule: rule for rule in message.what}
+        elif isinstance(message, PutMore):
+            rule = self.incoming[message.rule]
+            assert rule is not None
+            self.incoming[message.rule] = joined(rule, message)
         elif isinstance(message, DropRules):
             self.incoming |= dict.fromkeys(message.slots)
         elif isinstance(message, Commit):

@@ -5,12 +5,13 @@ only, because the supervisor imports it. A message is a frozen dataclass. Nothin
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
 VERSION: Final = 2
 AT_ONCE: Final = 32  # resources in one message, with two descriptors each at most; or rules
 WEIGHT: Final = 256  # outputs and addresses of the rules in one message: each is 200 bytes at most on the wire
+_HALF: Final = WEIGHT // 2
 T = TypeVar("T")
 
 
@@ -437,9 +438,18 @@ class PutRule:
 
 @dataclass(frozen=True, slots=True)
 class PutRules:
-    """Control to worker: add or replace these rules, from the next Commit on; so many as rule_parts says."""
+    """Control to worker: add or replace these rules, from the next Commit on; so many as rule_messages says."""
 
     what: tuple[PutRule, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PutMore:
+    """Control to worker: more of a rule that was put since the last Commit and is too long for one message."""
+
+    rule: int
+    own: tuple[int, ...]
+    outputs: tuple[RuleOutput, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -451,7 +461,7 @@ class DropRules:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Control to worker: the PutRules and DropRules since the last Commit take effect together now.
+    """Control to worker: the PutRules, PutMore and DropRules since the last Commit take effect together now.
 
     `whole`: they are all the rules there are; any other is dropped.
     """
@@ -494,7 +504,7 @@ Message = (
     | Grant | Release | Listen | ListenTcp | StartWorkers | ProbeNeighbour | OpenTap | CloseTap | Quit | Ready
     | Outcome | Done | Listening | ListeningTcp | Tapped | Failed | Setup | Held
     | WorkerUp | FastPath | XdpTargets | WorkerDown | Reload | WorkerSetup | Granted | Revoked | Stop | PutRules
-    | DropRules | Commit | Committed | Sync | Synced
+    | PutMore | DropRules | Commit | Committed | Sync | Synced
 )  # fmt: skip
 
 
@@ -504,16 +514,39 @@ def parts(what: Sequence[T]) -> Iterator[tuple[T, ...]]:
         yield tuple(what[start : start + AT_ONCE])
 
 
-def rule_parts(rules: Iterable[PutRule]) -> Iterator[tuple[PutRule, ...]]:
-    """The same of rules, of which one may be many times as long as another."""
+def rule_messages(rules: Iterable[PutRule]) -> Iterator[PutRules | PutMore]:
+    """What puts them: several in a message, and one that is many times as long as another in several."""
     part: list[PutRule] = []
     weight = 0
     for rule in rules:
-        weighs = len(rule.outputs) + len(rule.own)
-        if part and (len(part) == AT_ONCE or weight + weighs > WEIGHT):
-            yield tuple(part)
+        first, *rest = _pieces(rule)
+        if part and (len(part) == AT_ONCE or weight + _weight(first) > WEIGHT):
+            yield PutRules(tuple(part))
             part, weight = [], 0
-        part.append(rule)
-        weight += weighs
+        part.append(first)
+        weight += _weight(first)
+        if rest:
+            yield PutRules(tuple(part))
+            yield from (PutMore(rule.rule, piece.own, piece.outputs) for piece in rest)
+            part, weight = [], 0
     if part:
-        yield tuple(part)
+        yield PutRules(tuple(part))
+
+
+def joined(rule: PutRule, more: PutMore) -> PutRule:
+    """The rule with the more of it."""
+    return replace(rule, own=rule.own + more.own, outputs=rule.outputs + more.outputs)
+
+
+def _weight(rule: PutRule) -> int:
+    return len(rule.outputs) + len(rule.own)
+
+
+def _pieces(rule: PutRule) -> list[PutRule]:
+    """The rule, or some with a part each of its addresses and outputs."""
+    if _weight(rule) <= WEIGHT:
+        return [rule]
+    ends = range(_HALF, max(len(rule.own), len(rule.outputs)) + _HALF, _HALF)
+    return [
+        replace(rule, own=rule.own[end - _HALF : end], outputs=rule.outputs[end - _HALF : end]) for end in ends
+    ]

@@ -10,7 +10,7 @@ from mrelay.control import server
 
 
 async def _application(*_: Any) -> None:
-    """Nobody calls."""
+    """Answers nothing."""
 
 
 def test_the_date_is_renewed_until_it_is_told_to_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import os
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mrelay.messages import (
@@ -16,6 +16,7 @@ from mrelay.messages import (
     LogLevel,
     OpenEgress,
     Outcome,
+    PutMore,
     PutRule,
     PutRules,
     Refusal,
@@ -25,7 +26,8 @@ from mrelay.messages import (
     Stop,
     Sync,
     WorkerUp,
-    rule_parts,
+    joined,
+    rule_messages,
 )
 from mrelay.wire import MAX_MESSAGE, BadMessage, Channel, channel_pair, decode, encode
 
@@ -40,6 +42,7 @@ EXAMPLES = [
     Outcome(1, (Refusal(1, 99, "no such address", "add it"),)),
     Setup(None, "/var/lib/mrelay", "auto", None, 0, False),
     PutRules((RULE, RULE)),
+    PutMore(7, RULE.own, RULE.outputs),
     WorkerUp(0, 1, 2, 3, 4),
     Stop(),
     LogLevel("worker", "debug"),
@@ -52,13 +55,25 @@ def test_round_trip(message: Stop) -> None:
     assert decode(encode(message)) == message
 
 
-@given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), max_size=70))
+LENGTHS = st.integers(0, 300) | st.integers(0, 3000)
+
+
+@given(st.lists(st.tuples(LENGTHS, LENGTHS), max_size=70))
+@example([(3, 2), (3000, 0), (0, 3000), (129, 128), (3, 2)])
 def test_rules_in_parts_are_the_same_rules_and_fit_into_messages(lengths: list[tuple[int, int]]) -> None:
-    rules = [replace(RULE, own=(2**128 - 1,) * own, outputs=(LONG,) * outputs) for own, outputs in lengths]
-    made = list(rule_parts(rules))
-    assert [rule for part in made for rule in part] == rules
-    assert all(0 < len(part) <= AT_ONCE for part in made)
-    assert all(len(encode(PutRules(part))) <= MAX_MESSAGE for part in made)
+    rules = [
+        replace(RULE, rule=slot, own=(2**128 - 1,) * own, outputs=(LONG,) * outputs)
+        for slot, (own, outputs) in enumerate(lengths)
+    ]
+    put: dict[int, PutRule] = {}
+    for message in rule_messages(rules):
+        assert len(encode(message)) <= MAX_MESSAGE
+        if isinstance(message, PutRules):
+            assert 0 < len(message.what) <= AT_ONCE
+            put |= {rule.rule: rule for rule in message.what}
+        else:
+            put[message.rule] = joined(put[message.rule], message)
+    assert list(put.values()) == rules
 
 
 @given(st.binary(max_size=200))

@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -12,6 +12,7 @@ from mrelay.messages import (
     Committed,
     DropRules,
     Message,
+    PutMore,
     PutRule,
     PutRules,
     RuleOutput,
@@ -149,6 +150,20 @@ def test_the_end_of_the_supervisor_is_its_own(scene: Scene) -> None:
     scene.supervisor.close()
     with pytest.raises(SystemExit):
         scene.worker._drain(scene.worker.supervisor)
+
+
+def test_a_rule_comes_in_several_messages(scene: Scene) -> None:
+    whole = replace(rule(0), own=(7, 8), outputs=rule(0).outputs * 2)
+    more = PutMore(0, (8,), rule(0).outputs)
+    assert scene.tell(put(replace(whole, own=(7,), outputs=rule(0).outputs)), more, Commit(1, True)) == [
+        Committed(1, "sendmmsg", digest(whole))
+    ]
+
+
+def test_more_of_a_rule_that_was_not_put_ends_it(scene: Scene) -> None:
+    scene.tell(put(rule(0)), Commit(1, True))
+    with pytest.raises(BadMessage, match="more of rule 0"):
+        scene.tell(PutMore(0, (8,), ()))
 
 
 def test_a_message_that_is_not_for_it_ends_it(scene: Scene) -> None:

@@ -28,13 +28,12 @@ from mrelay.messages import (
     DropRules,
     Message,
     PutRule,
-    PutRules,
     Sync,
     Synced,
     WorkerDown,
     WorkerUp,
     parts,
-    rule_parts,
+    rule_messages,
 )
 from mrelay.model.ruleset import DIGEST_MASK, rules_digest
 from mrelay.wire import BadMessage
@@ -234,8 +233,8 @@ def _tell(worker: Worker, order: Order) -> None:
     old = {} if worker.fresh else worker.told.rules
     for slots in parts([slot for slot in old if slot not in order.rules]):
         worker.channel.send(DropRules(slots))
-    for rules in rule_parts(rule for slot, rule in order.rules.items() if old.get(slot) != rule):
-        worker.channel.send(PutRules(rules))
+    for message in rule_messages(rule for slot, rule in order.rules.items() if old.get(slot) != rule):
+        worker.channel.send(message)
     worker.channel.send(Commit(order.generation, worker.fresh))
     worker.told, worker.fresh = order, False
 

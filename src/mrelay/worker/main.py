@@ -31,6 +31,7 @@ from mrelay.messages import (
     Message,
     OpenEgress,
     OpenIngress,
+    PutMore,
     PutRule,
     PutRules,
     Revoked,
@@ -38,6 +39,7 @@ from mrelay.messages import (
     Sync,
     Synced,
     WorkerSetup,
+    joined,
 )
 from mrelay.model.ruleset import RuleSet
 from mrelay.pulse import INTERVAL, Pulse
@@ -151,6 +153,10 @@ class Worker:
         match message:
             case PutRules(rules):
                 self._incoming |= {rule.rule: rule for rule in rules}
+            case PutMore(slot):
+                if (rule := self._incoming.get(slot)) is None:
+                    raise BadMessage(f"more of rule {slot}, which was not put")
+                self._incoming[slot] = joined(rule, message)
             case DropRules(slots):
                 self._incoming |= dict.fromkeys(slots)
             case Commit(generation, whole):
