@@ -41,6 +41,18 @@ def lost_in_the_lab(star: Star) -> int:
     return sum(end["stats64"][way]["dropped"] for end in ends for way in ("rx", "tx"))
 
 
+def test_a_rule_with_thousands_of_outputs(lab: Lab) -> None:
+    """It is longer than any message between processes: workers get it in pieces, and live on."""
+    star = lab.star()
+    groups = [f"239.2.{n // 250}.{n % 250 + 1}" for n in range(3000)]
+    with Capture(star.sink, "k0") as wire, Sender(star.source) as sender, Relay(star.relay, "") as relay:
+        pids = [worker["pid"] for worker in relay.workers()]
+        relay.add_rule("many", f"in0:{GROUP}:5000", *(f"out0:{group}:6000" for group in groups))
+        sender.send(GROUP, 5000, [b"to all"])
+        assert sorted(packet.destination for packet in wire.wait(len(groups))) == sorted(groups)
+        assert [worker["pid"] for worker in relay.workers()] == pids, "no worker has died"
+
+
 def test_other_rules_change_under_a_running_stream(lab: Lab) -> None:
     """Neither rules for other groups nor a second rule for the same one may cost it a datagram."""
     star = lab.star(outputs=2)

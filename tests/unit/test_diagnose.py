@@ -37,7 +37,7 @@ def facts(**different: Any) -> Facts:
     """Of a rule that forwards, but for this."""
     output = Output("out0:239.2.2.2:6000", UP, OUT, 4, True, None, 9, 0, 99)
     healthy: dict[str, Any] = {
-        "rule": RULE, "others": (), "seconds": 0.5, "state": UP, "link": IN,
+        "rule": RULE, "others": (), "seconds": 0.5, "state": UP, "link": IN, "deaf": "",
         "joins": (Join(GROUP, None, "", True),), "warning": "", "querier": None, "listened": 9.0,
         "traffic": GOOD, "elsewhere": {}, "blind": "", "revived": False, "own": frozenset(),
         "workers": (Worker(0, "running", 0),), "flows": (Flow(SOURCE, GROUP, 5000, "ebpf", "", 99),),
@@ -53,6 +53,7 @@ HIDDEN = [
     ("querier", {**SILENT, "link": BRIDGED}),
     ("querier", {"revived": True}),
     ("interface", {"link": replace(IN, multicast=False)}),
+    ("interface", {"deaf": "no descriptors — raise ulimit -n", "joins": (Join(GROUP, None, "", False),)}),
     ("loop", {"drops": {"loop": 9}, "own": frozenset({0x0A010109})}),
     ("limits", {"drops": {"ring_full": 9}, "counted": 3}),
     ("limits", {"drops": {"miss_limited": 9}, "counted": 3}),

@@ -153,6 +153,7 @@ class Why:
             seconds=took,
             state=of.reconciler.state_of(rule.name),
             link=link,
+            deaf=of.reconciler.failed.get(plan.ingress, "") if plan and plan.ingress else "",
             joins=self._joins(plan),
             warning=plan.warning if plan else "",
             querier=segment.querier(family) if segment else None,

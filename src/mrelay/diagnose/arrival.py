@@ -51,6 +51,9 @@ def interface(facts: Facts) -> Finding:
         )
     if wanted.address.is_multicast and not link.multicast:
         return failed(f"{link.name} does no multicast", f"ip link set {link.name} multicast on")
+    if facts.deaf:
+        problem, remedy = _cure(facts.deaf)
+        return failed(f"{link.name} can't be listened to: {problem}", remedy)
     return fine(f"{link.name} is up, MTU {link.mtu}", *_bridge(link.bridge))
 
 

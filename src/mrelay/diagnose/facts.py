@@ -103,8 +103,8 @@ class Flow:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """`others`: inputs of other rules. `state`: the rule's, as in /v1/rules. `counted`: datagrams that it took
-    while we looked, of `total` so far.
+    """`others`: inputs of other rules. `state`: the rule's, as in /v1/rules. `deaf`: why the link's rings could
+    not be opened, if so. `counted`: datagrams that it took while we looked, of `total` so far.
 
     `traffic` is what its ingress interface got, `elsewhere` what others got for its groups; `blind`: why we could
     not look. `listened`: seconds that queries and reports have been listened to there. `revived`: frames came when
@@ -117,6 +117,7 @@ class Facts:
     seconds: float
     state: str
     link: Link
+    deaf: str
     joins: tuple[Join, ...]
     warning: str
     querier: Querier | None

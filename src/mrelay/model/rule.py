@@ -100,8 +100,8 @@ def _some(value: object) -> object:
 
 
 def _distinct(value: tuple[Output, ...]) -> tuple[Output, ...]:
-    for output in value:
-        if value.count(output) > 1:
+    for output, times in Counter(value).items():
+        if times > 1:
             raise fault(f"output {output} stands twice", "remove one of the two")
     return value
 
