@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -389,3 +390,26 @@ def test_a_batch_with_more_flows_than_the_table_holds_sends_nothing_astray(
         assert one.counters.received == 200
         assert one.counters.matched == sum(len(sent) for sent in one.sent.values()) > 0
         assert one.counters.matched + int(one.counters.drops.sum()) == 200
+
+
+@pytest.mark.parametrize("vector", [False, True], ids=["scalar", "vector"])
+def test_an_output_that_names_each_destination_changes_nothing_for_others(
+    monkeypatch: pytest.MonkeyPatch, vector: bool
+) -> None:
+    """Its socket can't adopt a TTL; trying would have every other flow say anew what its own socket sends with."""
+    plain = rule(0, "239.1.1.1/32", [0])
+    named = rule(1, "239.1.1.2/32", [1])
+    named = replace(named, outputs=tuple(replace(output, address=None) for output in named.outputs))
+    with rig(monkeypatch, [plain, named], 2, vector=vector) as one:
+        for group in ("239.1.1.1", *["239.1.1.2"] * 6):
+            one.ring.put(udp_v4(b"x", group))
+        before = one.egress.generation
+        one.forward(1)
+        one.ring.release(1)
+        settled = one.egress.generation
+        assert settled > before, "the first took over the stream's TTL"
+        for _ in range(3):
+            one.forward(2)
+            one.ring.release(2)
+        assert one.egress.generation == settled
+        assert (len(one.sent[0]), len(one.sent[1])) == (1, 6)

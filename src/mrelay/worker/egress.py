@@ -64,13 +64,14 @@ class Entry:
         """Whether a send of what came in with `hop` need not name an address, a TTL or a source."""
         return not self.to.named and not self.to.keep and self.out_hop(hop) == self.hop
 
-    def adopt(self, hop: int) -> None:
-        """Make `hop` what the socket sends with, so that most sends need not say it.
+    @property
+    def adopts(self) -> bool:
+        """Whether `adopt` may be called: not when other entries share the socket, for they would not know."""
+        return self.sock is not None and not self.to.named and self.adaptations < _ADAPTATIONS
 
-        Not when other entries share the socket: they would not know.
-        """
-        if self.sock is None or self.to.named or self.adaptations >= _ADAPTATIONS:
-            return
+    def adopt(self, hop: int) -> None:
+        """Make `hop` what the socket sends with, so that most sends need not say it."""
+        assert self.sock is not None  # noqa: S101  it adopts
         self.adaptations += 1
         set_hop_defaults(self.sock, hop >> 8, hop & 0xFF)
         self.hop = hop
@@ -131,7 +132,7 @@ class Egress:
 
     Columns, one value an entry: `fd` i32 (-1: no socket), `name` u64 address of a sockaddr (0: connected),
     `name_length` u64, `ttl` i32 (0: decrement), `dscp` i32 (-1: keep), `hop` i32, `keep` bool, `v6` bool,
-    `oif` u64.
+    `oif` u64, `adopts` bool.
     """
 
     def __init__(self) -> None:
@@ -150,6 +151,7 @@ class Egress:
         self.hop = np.full(size, -1, np.int32)
         self.keep = np.zeros(size, np.bool_)
         self.v6 = np.zeros(size, np.bool_)
+        self.adopts = np.zeros(size, np.bool_)
         self.oif = np.zeros(size, np.uint64)
 
     def grant(self, output: int, sock: socket.socket) -> None:
@@ -166,7 +168,7 @@ class Egress:
             return
         for entry in self.entries:
             if entry.sock is sock:
-                entry.sock, self.fd[entry.index] = None, -1
+                entry.sock, self.fd[entry.index], self.adopts[entry.index] = None, -1, False
         sock.close()
 
     def entry(self, destination: Destination) -> Entry:
@@ -196,12 +198,14 @@ class Egress:
         self.name_length[i] = len(entry.name) if to.named else 0
         self.ttl[i], self.dscp[i], self.hop[i] = to.ttl, to.dscp, -1
         self.keep[i], self.v6[i], self.oif[i] = to.keep, to.family == 6, to.oif
+        self.adopts[i] = entry.adopts
 
     def adopt(self, index: int, hop: int) -> None:
-        """Let an entry's socket send with `hop` by default."""
-        self.entries[index].adopt(hop)
+        """Let an entry that adopts have its socket send with `hop` by default."""
+        entry = self.entries[index]
+        entry.adopt(hop)
         self.generation += 1
-        self.hop[index] = self.entries[index].hop
+        self.hop[index], self.adopts[index] = entry.hop, entry.adopts
 
     def forget_entries(self) -> None:
         """Before routes are built anew: no route points anywhere any more."""
@@ -209,4 +213,4 @@ class Egress:
         self.entries.clear()
 
 
-_COLUMNS: Final = ("fd", "name", "name_length", "ttl", "dscp", "hop", "keep", "v6", "oif")
+_COLUMNS: Final = ("fd", "name", "name_length", "ttl", "dscp", "hop", "keep", "v6", "oif", "adopts")

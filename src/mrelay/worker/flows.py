@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from mrelay.counters import LOOP, NO_OUTPUT, NO_RULE, RATE_LIMITED, RULE_DROP_ROW, Counters, sound_keys
 from mrelay.messages import PutRule
 from mrelay.model.ruleset import NOWHERE, RETURNED, FlowKey, Route, RuleSet, address_text
+from mrelay.worker.books import I32, Books, Lists
 from mrelay.worker.egress import Egress, Entry
 from mrelay.worker.fastpath import FastPath
 from mrelay.worker.limits import MOST, Limits
@@ -38,7 +39,6 @@ _LOW32: Final = (1 << 32) - 1
 _LOW, _HALF = np.uint64(_LOW32), np.uint64(32)
 _MISS_RATE: Final = 20_000  # resolved misses a second, and as many at once
 U64 = NDArray[np.uint64]
-I32 = NDArray[np.int32]
 
 
 class Flow:
@@ -92,26 +92,6 @@ def words_key(words: list[int]) -> FlowKey:
     )
 
 
-class Lists:
-    """Short lists of integers, one after the other in `items`; equal lists stand there once."""
-
-    def __init__(self, dtype: type[np.int32] | type[np.uint64]) -> None:
-        self.items = np.zeros(64, dtype)
-        self.end = 0
-        self._starts: dict[tuple[int, ...], int] = {}
-
-    def start(self, items: tuple[int, ...]) -> int:
-        """Where in `items` this list stands."""
-        start = self._starts.get(items)
-        if start is None:
-            start, self.end = self.end, self.end + len(items)
-            if self.end > len(self.items):
-                self.items = np.concatenate((self.items, np.zeros(self.end, self.items.dtype)))
-            self.items[start : self.end] = items
-            self._starts[items] = start
-        return start
-
-
 class FlowTable:
     """Flows by slot. Columns, one value a slot: `verdict` i8, `route_start`, `route_length` i32, `last` i64.
 
@@ -147,6 +127,7 @@ class FlowTable:
         self._tokens, self._refilled = float(_MISS_RATE), time.monotonic()
         self.limits = Limits()
         self.limits.follow(rules)
+        self._books = Books(counters, beat)
         self._reset_routes()
 
     def _reset_routes(self) -> None:
@@ -154,6 +135,7 @@ class FlowTable:
             self._collect()
             self.fast.turn()
         self.egress.forget_entries()
+        self._books.reset()
         self.routes, self.limited, self.masks = Lists(np.int32), Lists(np.int32), Lists(np.uint64)
 
     # ---- lookup ----------------------------------------------------------------------------
@@ -271,6 +253,7 @@ class FlowTable:
         route = self.rules.resolve(key)
         entries = tuple(self.egress.entry(to) for to in route.destinations)
         self.flows[slot] = Flow(key, route, entries)
+        self._books.follow(slot, route)
         self.route_start[slot] = self.routes.start(tuple(e.index for e in entries))
         self.route_length[slot] = len(entries)
         self.limit_start[slot] = self.limited.start(route.limited)
@@ -304,7 +287,8 @@ class FlowTable:
     def _empty(self, slot: int, flow: Flow) -> None:
         if self.fast is not None:
             self.fast.remove(slot, flow.key)
-        self._fold_flow(slot, flow)
+        self._book(slot, flow)
+        self._books.leave(slot)
         del self.index[flow.key]
         self.counters.keys[:, slot] = 0
         self.flows[slot], self.verdict[slot], self.route_length[slot] = None, NO_RULE, 0
@@ -376,13 +360,12 @@ class FlowTable:
     def fold(self) -> None:
         """Bring the rules' and links' counters up to date with the flows'."""
         self._collect()
-        counters = self.counters
-        dirty = np.flatnonzero((counters.flows != counters.folded).any(axis=0) | (counters.dropped != 0))
-        for slot in dirty.tolist():
+        self._books.fold()
+        for slot in np.flatnonzero(self.counters.dropped).tolist():
             self._beat()
             flow = self.flows[slot]
             if flow is not None:
-                self._fold_flow(slot, flow)
+                self._fold_dropped(slot, flow)
 
     def _collect(self) -> None:
         """Add what the fast path counted."""
@@ -398,20 +381,13 @@ class FlowTable:
     def fold_flow(self, flow: Flow) -> tuple[int, int]:
         """The same for one flow; its packets and bytes so far."""
         slot = self.index[flow.key]
-        self._fold_flow(slot, flow)
+        self._book(slot, flow)
         packets, octets = self.counters.flows[:, slot].tolist()
         return packets, octets
 
-    def _fold_flow(self, slot: int, flow: Flow) -> None:
-        counters = self.counters
-        fresh = counters.flows[:, slot] - counters.folded[:, slot]
-        counters.folded[:, slot] = counters.flows[:, slot]
-        for rule in flow.route.rules:
-            counters.rules[:2, rule] += fresh
-        for links in flow.route.links:
-            for link in links:
-                counters.links[:2, link] += fresh
-        if counters.dropped[slot]:
+    def _book(self, slot: int, flow: Flow) -> None:
+        self._books.book(np.array([slot]))
+        if self.counters.dropped[slot]:
             self._fold_dropped(slot, flow)
 
     def _fold_dropped(self, slot: int, flow: Flow) -> None:

@@ -160,7 +160,7 @@ class ScalarPath:
             lost, error = entry.deliver((payload,), segment, out, flow.source)
             if lost:
                 failed.append((entry, lost, error))
-            elif out != entry.hop:
+            elif out != entry.hop and entry.adopts:
                 self.table.egress.adopt(entry.index, out)
         if failed:
             self.failures.record(flow, count, len(payload), failed, bits)

@@ -222,9 +222,10 @@ class VectorPath:
         return ttl << 8 | np.where(dscp >= 0, dscp << 2 | hop & 3, hop & 0xFF)
 
     def _adopt(self, entry: I32, hop: I32) -> None:
-        for index, wanted in dict(zip(entry.tolist(), hop.tolist(), strict=True)).items():
-            if self.table.egress.hop[index] != wanted:
-                self.table.egress.adopt(index, wanted)
+        egress = self.table.egress
+        changed = egress.adopts[entry] & (egress.hop[entry] != hop)
+        for index, wanted in dict(zip(entry[changed].tolist(), hop[changed].tolist(), strict=True)).items():
+            egress.adopt(index, wanted)
 
     def _fail(
         self, runs: Runs, run: int, entry: int, error: int, failed: dict[int, list[tuple[Entry, int, int]]]
