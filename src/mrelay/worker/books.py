@@ -94,10 +94,9 @@ class Books:
         weights = np.cumsum(self._links.length[slots] + _FLOW) // _MOST
         for some in np.split(slots, np.flatnonzero(np.diff(weights)) + 1):
             self._beat()
-            self.book(some)
+            self._book(some)
 
-    def book(self, slots: I64) -> None:
-        """The same of what these flows counted: i64[n], none twice."""
+    def _book(self, slots: I64) -> None:
         counters = self._counters
         now = counters.flows[:, slots]
         fresh = now - counters.folded[:, slots]
