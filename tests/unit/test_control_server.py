@@ -9,7 +9,7 @@ import pytest
 from mrelay.control import server
 
 
-async def _application(*_: Any) -> None:
+async def _application(scope: Any, receive: Any, send: Any) -> None:
     """Answers nothing."""
 
 

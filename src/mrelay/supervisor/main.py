@@ -83,6 +83,7 @@ _USEFUL: Final = (
     *(caps.CAP_NET_BIND_SERVICE, caps.CAP_CHOWN, caps.CAP_DAC_OVERRIDE, caps.CAP_SETPCAP),
     *(caps.CAP_BPF, caps.CAP_PERFMON),  # for the kernel's fast path
 )
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _STOP_SECONDS: Final = 5.0
 _SPARE_AFTER: Final = 0.5  # seconds after a start, which needs the processor more
 _MAX_FLOWS: Final = 1 << 20
@@ -414,7 +415,7 @@ class Supervisor:
         for sock in (wakeup, signals):
             sock.setblocking(False)
         signal.set_wakeup_fd(signals.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        for number in _SIGNALS:
             signal.signal(number, _noted)
         self._selector.register(wakeup, selectors.EVENT_READ, None)
         while not self._quit:
@@ -497,6 +498,8 @@ class Supervisor:
         """Run, then leave nothing behind."""
         self.run()
         self._shut_down()
+        for number in _SIGNALS:  # Python takes its handlers off before the process is gone
+            signal.signal(number, signal.SIG_IGN)
         return 0
 
 
