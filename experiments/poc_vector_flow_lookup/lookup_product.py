@@ -5,6 +5,7 @@ here, and what is looked up afterwards is the same. So it knows the table's insi
 """
 
 import os
+from array import array
 
 import numpy as np
 from lookup_keys import I32, Key, Mix, Store, Words
@@ -46,7 +47,7 @@ class Product(Method):
             slots[at[free]] = todo[free]
             todo = todo[slots[at] != todo]
         self.homeless = todo
-        self.table._free = list(range(limit - 1, store.used - 1, -1))
+        self.table._free = array("i", range(limit - 1, store.used - 1, -1))
 
     @staticmethod
     def hash(words: Words) -> NDArray[np.int64]:

@@ -119,4 +119,5 @@ _COUNTS_MOST: Final = 1 << 23  # entries of `counts`: 200 MB at most, on hosts w
 def sizes(workers: int, flow_limit: int, cpus: int) -> Sizes:
     """For so many workers with tables of `flow_limit` flows."""
     slots = max(1, min(flow_limit, _COUNTS_MOST // (cpus * workers)))
-    return Sizes(workers, slots, routes=4 * slots + 4096, outputs=slots + MAX_LINKS // 4, cpus=cpus)
+    lists = MAX_LINKS // 4  # room for rules with thousands of outputs, however few flows there may be
+    return Sizes(workers, slots, routes=2 * slots + lists, outputs=slots + lists, cpus=cpus)
