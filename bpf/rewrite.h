@@ -1,8 +1,8 @@
 /* Makes a frame at tc what an output wants it to be.
  *
  * UDP's checksum may be whole, partial (a local sender, merged frames) or not there at all (IPv4), and the kernel
- * may hold a sum of the packet in skb->csum. Only bpf_l4_csum_replace knows which, but it takes two calls, which are
- * a twentieth of what a single frame costs: so it is left to frames that look partial. */
+ * may hold a sum of the packet in skb->csum. Only bpf_l4_csum_replace knows which, but it takes two calls where a few
+ * sums do: so it is left to frames that look partial. */
 #ifndef REWRITE_H
 #define REWRITE_H
 

@@ -52,7 +52,6 @@ class _Columns:
         self._start[slot], self.length[slot] = self._lists.start(items), len(items)
 
     def reset(self) -> None:
-        self.length[:] = 0
         self._lists = Lists(np.int32)
 
     def of(self, slots: I64) -> tuple[I32, I64]:
@@ -71,18 +70,21 @@ class Books:
         self._counters, self._beat = counters, beat
         limit = counters.flows.shape[1]
         self._rules, self._links = _Columns(limit), _Columns(limit)
+        self._followed = np.zeros(limit, np.bool_)
 
     def follow(self, slot: int, route: Route) -> None:
         """From now on the slot's datagrams are the route's; those before must be booked."""
         self._rules.put(slot, route.rules)
         self._links.put(slot, tuple(chain.from_iterable(route.links)))
+        self._followed[slot] = True
 
     def leave(self, slot: int) -> None:
-        """They are nobody's."""
-        self._rules.length[slot] = self._links.length[slot] = 0
+        """The slot is empty."""
+        self._followed[slot] = False
 
     def reset(self) -> None:
-        """The same for all slots."""
+        """All are."""
+        self._followed[:] = False
         self._rules.reset()
         self._links.reset()
 
@@ -90,7 +92,7 @@ class Books:
         """Bring all rules' and links' counters up to date."""
         counters = self._counters
         fresh = (counters.flows != counters.folded).any(axis=0)
-        slots = np.flatnonzero(fresh & (self._rules.length > 0))  # what a worker before us left is nobody's yet
+        slots = np.flatnonzero(fresh & self._followed)  # what a worker before us left is nobody's yet
         weights = np.cumsum(self._links.length[slots] + _FLOW) // _MOST
         for some in np.split(slots, np.flatnonzero(np.diff(weights)) + 1):
             self._beat()
