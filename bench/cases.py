@@ -22,7 +22,8 @@ Sender = Literal["xdp", "udp", "udp-merged"]
 class Case:
     """One kind of load and set-up.
 
-    merge: UDP GRO may be on at ingress. df: senders set Don't Fragment. segment: egress has segmentation offload.
+    merge: UDP GRO may be on at ingress; if not, GRO is off. df: senders set Don't Fragment.
+    segment: egress has segmentation offload.
     rules: as many, of which one sees traffic. hosts: so many unicast hosts behind one output instead of a group.
     """
 
@@ -40,7 +41,7 @@ class Case:
     def __str__(self) -> str:
         to = _count(self.hosts, "unicast host") if self.hosts else _count(self.outputs, "output")
         special = {
-            "UDP GRO off": not self.merge,
+            "GRO off": not self.merge,
             "senders without DF": not self.df,
             "no segmentation offload": not self.segment,
             _count(self.rules, "rule"): self.rules > 1,
@@ -97,15 +98,15 @@ def _outputs(*numbers: int, **special: bool | int) -> tuple[Case, ...]:
 
 SECTIONS: Final = (
     Section(
-        "fan-out", "One flow, by fan-out", _outputs(1, 4, 16, 64), search=True, curve=True,
+        "fan-out", "One flow, by fan-out", _outputs(1, 4, 8, 16, 64), search=True, curve=True,
         quick=_outputs(1, 4, 16),
     ),
-    Section("no-df", "One flow, senders without DF", _outputs(1, 4, 16, df=False), quick=_outputs(1, df=False)),
+    Section("no-df", "One flow, senders without DF", _outputs(1, 4, 8, 16, df=False), quick=_outputs(1, df=False)),
     Section(
         "interleaved", "200 interleaved flows", _outputs(1, 4, 16, flows=200), search=True,
         quick=_outputs(1, flows=200),
     ),
-    Section("unmerged", "One flow, UDP GRO off", _outputs(1, 4, 16, merge=False), quick=_outputs(1, merge=False)),
+    Section("unmerged", "One flow, GRO off", _outputs(1, 4, 16, merge=False), quick=_outputs(1, merge=False)),
     Section("latency", "Latency", _outputs(1, 4), "latency", quick=_outputs(1)),
     Section("small", "Ten flows of small datagrams", (Case(flows=10, payload=64),), share=0.5),
     Section(

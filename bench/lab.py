@@ -139,6 +139,10 @@ class Lab:
         """UDP GRO on at ingress, for relays that expect to be given merged frames."""
         _shell(self.relay, "ethtool -K r0 rx-udp-gro-forwarding on")
 
+    def gro_off(self) -> None:
+        """No GRO at ingress, of any kind. Only with an XDP program there it takes frames from XDP now."""
+        _shell(self.relay, "ethtool -K r0 gro off")
+
     def thread_napi(self, cores: Cores) -> None:
         """Ingress receives in a kernel thread on the relay's core, next when it wakes, as softirqs would be.
 

@@ -1,5 +1,6 @@
 /* For traffic.py: `source` (XDP, run on live frames) paces datagrams, spreads them over flows and writes into each
- * when it was sent; `sink` (tc ingress) counts what arrives, drops it and, when asked to, keeps delays and gaps. */
+ * when it was sent; `sink` (tc ingress) counts what arrives, drops it and, when asked to, keeps delays and gaps;
+ * `pass` does nothing. */
 #include "defs.h"
 
 #define HEADERS 42 /* Ethernet, IPv4, UDP */
@@ -23,7 +24,8 @@ struct load {
     __u32 flows;
     __u32 flow; /* whose turn it is */
     __u32 ifindex;
-    __u32 timed; /* the sink keeps delays and gaps */
+    __u32 pad[5];
+    __u32 timed; /* the sink keeps delays and gaps; the line before is in the source's cache */
 };
 
 struct head { /* of a flow: headers in whole words, and the UDP checksum's sum for a payload of zeros */
@@ -100,6 +102,12 @@ SEC("xdp") int source(struct xdp_md *ctx)
     if (head->sum != UNSUMMED)
         udp->check = sum ?: 0xffff;
     return bpf_redirect(own->ifindex, 0);
+}
+
+/* At an interface whose GRO is off: `keep_polling` in traffic.py. */
+SEC("xdp") int pass(struct xdp_md *ctx __attribute__((unused)))
+{
+    return XDP_PASS;
 }
 
 /* Of 64 in each octave; histogram.py knows what they stand for. */

@@ -1,4 +1,4 @@
-"""The measurements: each makes a lab, runs one peer in it, loads it and returns figures.
+"""The measurements: each makes a lab for each peer, runs it there, loads it and returns figures.
 
 Called by run_bench.py for each step of its plan; blocks for the step. Figures are floats by name: rates in
 datagrams a second, delays in microseconds, processor time in nanoseconds for each datagram out. RuntimeError or
@@ -9,10 +9,11 @@ import contextlib
 import json
 import math
 import os
+import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
@@ -30,6 +31,7 @@ LOADS: Final = (100_000, 250_000, 500_000, 1_000_000, 2_000_000, 3_000_000)  # o
 COST_RATE: Final = 100_000  # out
 SPACING_RATES: Final = (100_000, 500_000)
 CHANGE_RATE: Final = 100_000
+TURNS: Final = 3  # of load for each relay in a step
 LONGEST_CHANGE: Final = 60.0  # seconds
 ADDED: Final = 5  # rules, each to an own flow
 LEARN_RATE: Final = 12_000  # new flows a second: below mrelay's limit on misses
@@ -44,7 +46,7 @@ class Setup:
     """How long and how hard: seconds of each part, packets offered a second."""
 
     cores: labs.Cores
-    pps: float = 3e6
+    pps: float = 3.5e6  # more than a relay takes of merged frames, less than the source can
     warm: float = 1.0
     seconds: float = 1.6
     trial: float = 0.8
@@ -54,23 +56,40 @@ class Setup:
 
 @dataclass
 class Outcome:
-    """What one step found, at one offered rate (0: at its own). `curve`: delays in µs at CURVE."""
+    """What one turn found, at one offered rate (0: at its own). `curve`: delays in µs at CURVE."""
 
     rate: int
     figures: Figures
     curve: list[float] = field(default_factory=list)
 
 
-def measure(setup: Setup, peer: Peer, section: Section, case: Case) -> list[Outcome]:
-    """One step."""
+@dataclass
+class Finding:
+    """What one step found of a peer, until there was a problem."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    problem: str = ""
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        """A problem ends the block, and is noted."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            self.problem = str(error)
+
+
+def measure(setup: Setup, peers: Sequence[Peer], section: Section, case: Case) -> dict[str, Finding]:
+    """One step, by peers' names."""
     os.sched_setaffinity(0, {setup.cores.source})
     if section.measure == "load":
-        return [Outcome(0, _load(setup, peer, section, case))]
-    if section.measure == "latency":
-        return _latency(setup, peer, case)
-    if section.measure == "spacing":
-        return _spacing(setup, peer, case)
-    return [Outcome(0, _changes(setup, peer, case))]
+        return _loads(setup, peers, section, case)
+    alone = {"latency": _latency, "spacing": _spacing, "changes": _changes}[section.measure]
+    findings = {peer.name: Finding() for peer in peers}
+    for peer in peers:
+        with findings[peer.name].noting():
+            findings[peer.name].outcomes += alone(setup, peer, case)
+    return findings
 
 
 @dataclass
@@ -111,6 +130,10 @@ def _bench(setup: Setup, peer: Peer, case: Case, *, burst: int = 64, threads: bo
     ):
         with labs.inside(lab.sink):
             programs.attach(lab.sink_indexes())
+        if not case.merge:
+            with labs.inside(lab.relay):
+                programs.keep_polling(socket.if_nametoindex("r0"))
+            lab.gro_off()
         if threads:
             lab.thread_napi(setup.cores)
         if case.sender != "xdp":
@@ -132,17 +155,52 @@ def _xdp(lab: labs.Lab, programs: Programs, flows: list[Flow], *, df: bool = Tru
 # ---- load ------------------------------------------------------------------------------------------
 
 
-def _load(setup: Setup, peer: Peer, section: Section, case: Case) -> Figures:
-    with _bench(setup, peer, case) as bench:
-        _learn(bench)
-        figures = _overload(setup, bench)
-        figures |= _cost(setup, bench)
-        if section.curve and setup.curve and case.outputs == 1:
-            figures |= {f"out_at_{load}": bench.out(load, setup.trial / 2) for load in LOADS}
-        if section.search and case.outputs == 1:
-            ceiling = min(setup.pps, 1.05 * figures["out"])
-            figures["lossless"] = search.highest(lambda pps: bench.lost(pps, setup.trial), ceiling, setup.steps)
-        figures |= costs.memory(bench.relay.pids())
+@dataclass
+class _Entrant:
+    """A relay that is loaded in turn with others. `before`: what was lost until then."""
+
+    found: Finding
+    bench: _Bench
+    before: "_Stages"
+
+
+def _loads(setup: Setup, peers: Sequence[Peer], section: Section, case: Case) -> dict[str, Finding]:
+    """All relays stand side by side and take turns, so that what slows the machine down for seconds slows all."""
+    findings = {peer.name: Finding() for peer in peers}
+    entrants: list[_Entrant] = []
+    with contextlib.ExitStack() as stack:
+        for peer in peers:
+            with findings[peer.name].noting():
+                bench = stack.enter_context(_bench(setup, peer, case))
+                _learn(bench)
+                entrants.append(_Entrant(findings[peer.name], bench, _Stages.of(bench)))
+        _take_turns(setup, section, entrants)
+    return findings
+
+
+def _take_turns(setup: Setup, section: Section, entrants: Sequence[_Entrant]) -> None:
+    """A peer that has a problem takes no part any more."""
+    brief = replace(setup, warm=setup.warm / TURNS, seconds=setup.seconds / TURNS)
+    for _ in range(TURNS):
+        for one in entrants:
+            if not one.found.problem:
+                with one.found.noting():
+                    one.found.outcomes.append(Outcome(0, _overload(brief, one.bench) | _cost(brief, one.bench)))
+    for one in entrants:
+        if not one.found.problem:
+            with one.found.noting():
+                lost = _Stages.of(one.bench).since(one.before)
+                one.found.outcomes[-1].figures |= lost | _once(setup, section, one.bench, one.found)
+
+
+def _once(setup: Setup, section: Section, bench: _Bench, found: Finding) -> Figures:
+    """What takes no turns."""
+    figures = costs.memory(bench.relay.pids())
+    if section.curve and setup.curve and bench.case.outputs == 1:
+        figures |= {f"out_at_{load}": bench.out(load, setup.trial / 2) for load in LOADS}
+    if section.search and bench.case.outputs == 1:
+        ceiling = min(setup.pps, 1.05 * max(each.figures["out"] for each in found.outcomes))
+        figures["lossless"] = search.highest(lambda pps: bench.lost(pps, setup.trial), ceiling, setup.steps)
     return figures
 
 
@@ -158,8 +216,7 @@ def _learn(bench: _Bench) -> None:
 
 
 def _overload(setup: Setup, bench: _Bench) -> Figures:
-    """More than anybody can take: what comes out, where the rest ends, and who had room."""
-    stages, all_sent, all_came = _Stages.of(bench), bench.source.sent, sum(bench.programs.datagrams())
+    """More than anybody can take: what comes out, and who had room."""
     with bench.source.offering(setup.pps, setup.warm + setup.seconds + 0.2):
         time.sleep(setup.warm)
         first, start = _Counts.of(setup, bench), time.monotonic()
@@ -173,7 +230,6 @@ def _overload(setup: Setup, bench: _Bench) -> Figures:
     if abs(last.by_size - first.by_size - total) > 0.001 * total + 64 * len(each):
         raise RuntimeError(f"{total} datagrams came, but by their bytes {last.by_size - first.by_size}")
     busy = costs.spent(first.costs, last.costs, seconds, total)
-    lost = (bench.source.sent - all_sent) * bench.case.copies - (sum(bench.programs.datagrams()) - all_came)
     return {
         "out": total / seconds,
         "offered": (last.sent - first.sent) / seconds,
@@ -181,7 +237,6 @@ def _overload(setup: Setup, bench: _Bench) -> Figures:
         "merged": total / frames,
         "sink_share": 100 * frames / seconds * bench.programs.sink_seconds(),
         **{f"busy_{name}": busy[name] for name in ("cpu", "sink_idle", "core_steal")},
-        **_Stages.of(bench).since(stages, lost),
     }
 
 
@@ -223,12 +278,14 @@ def _cost(setup: Setup, bench: _Bench) -> Figures:
 
 @dataclass(frozen=True)
 class _Stages:
-    """Counts so far of what was lost where: `ring` and `relay` in datagrams in, `egress` in frames out.
+    """Counts so far of what was lost, and where: `ring` and `relay` in datagrams in, `egress` in frames out.
 
+    all: datagrams that should have come out and did not.
     ring: the queue of the interface into the relay was full. relay: by the relay's counters, or by those of
     sockets in its namespace. egress: the queues of the interfaces to the sink.
     """
 
+    all: int
     ring: int
     relay: int
     egress: int
@@ -241,19 +298,21 @@ class _Stages:
         names, values = (line.split() for line in snmp.splitlines() if line.startswith("Udp:"))
         sockets = int(dict(zip(names, values, strict=True))["RcvbufErrors"])
         return cls(
+            bench.source.sent * bench.case.copies - sum(bench.programs.datagrams()),
             _links(bench.lab.source)["s0"]["tx"]["dropped"],
             sum(bench.relay.drops().values()) + sockets,
             sum(link["tx"]["dropped"] for link in egress),
         )
 
-    def since(self, before: "_Stages", lost: int) -> Figures:
-        """And how many datagrams out are missing in all."""
-        found = {
-            "ring": (self.ring - before.ring),
-            "relay": (self.relay - before.relay),
-            "egress": self.egress - before.egress,
+    def since(self, before: "_Stages") -> Figures:
+        """How many more by now."""
+        return {
+            "lost": float(self.all - before.all),
+            **{
+                f"lost_{name}": float(getattr(self, name) - getattr(before, name))
+                for name in ("ring", "relay", "egress")
+            },
         }
-        return {"lost": float(lost), **{f"lost_{stage}": float(count) for stage, count in found.items()}}
 
 
 def _links(namespace: str) -> dict[str, Any]:
@@ -308,7 +367,7 @@ def _spacing(setup: Setup, peer: Peer, case: Case) -> list[Outcome]:
 # ---- changes ---------------------------------------------------------------------------------------
 
 
-def _changes(setup: Setup, peer: Peer, case: Case) -> Figures:
+def _changes(setup: Setup, peer: Peer, case: Case) -> list[Outcome]:
     """Time until an added rule forwards; datagrams lost across reload and restart.
 
     No threads for NAPI: on the relay's core they would have to share it with what starts there.
@@ -328,7 +387,7 @@ def _changes(setup: Setup, peer: Peer, case: Case) -> Figures:
             bench.relay.start()
 
         figures["lost_restart"] = _lost_across(bench, 8.0, restart)
-    return figures
+    return [Outcome(0, figures)]
 
 
 def _until_forwarded(bench: _Bench, number: int) -> float:

@@ -13,22 +13,22 @@ import measure
 from cases import LATENCY_RATES, SECTIONS, Case, Section
 from peers import Peer
 
-START: Final = 1.3  # seconds that a step takes beside its load: namespaces, start, stop, namespaces
-START_OURS: Final = 2.8  # mrelay is more than one process
+START: Final = 0.8  # seconds that a step takes beside its load: namespaces, start, stop, namespaces
+START_OURS: Final = 2.0  # mrelay is more than one process
 
 
 @dataclass(frozen=True)
 class Step:
-    """One peer in one case in one round; `seconds` as far as one can tell before."""
+    """Peers in one case in one round: under load all, else one. `seconds`: as far as one can tell before."""
 
     round: int
     section: Section
     case: Case
-    peer: Peer
+    peers: tuple[Peer, ...]
     seconds: float
 
     def __str__(self) -> str:
-        return f"{self.section.title}: {self.case}: {self.peer.name}"
+        return f"{self.section.title}: {self.case}: {' '.join(peer.name for peer in self.peers)}"
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,20 @@ def _round(choice: Choice, number: int, peers: Sequence[Peer], setup: measure.Se
             if case.workers > 1 and setup.cores.second is None:
                 continue
             first = number % len(able) if able else 0
-            for peer in able[first:] + able[:first]:
-                start = START_OURS if peer.ours else START
-                yield Step(number, section, case, peer, start + _seconds(setup, section, case))
+            able = able[first:] + able[:first]
+            for some in [able] if section.measure == "load" and able else [[peer] for peer in able]:
+                seconds = sum(_start(peer) + _seconds(setup, section, case) for peer in some)
+                yield Step(number, section, case, tuple(some), seconds)
 
 
 def _asked(choice: Choice, peer: Peer) -> bool:
     if choice.peers is None:
         return peer.quick or not choice.quick
     return peer.name in choice.peers
+
+
+def _start(peer: Peer) -> float:
+    return START_OURS if peer.ours else START
 
 
 def _seconds(setup: measure.Setup, section: Section, case: Case) -> float:
@@ -76,7 +81,14 @@ def _seconds(setup: measure.Setup, section: Section, case: Case) -> float:
         return len(measure.SPACING_RATES) * (setup.warm + setup.seconds + 0.7)
     if section.measure == "changes":
         return measure.ADDED * 1.7 + 11
-    load = setup.warm + 2 * setup.seconds + 2.5 + 2.2 * case.flows / measure.LEARN_RATE + case.rules / 1000
+    load = (
+        setup.warm
+        + 2 * setup.seconds
+        + 1.0 * measure.TURNS
+        + 1.0
+        + 2.2 * case.flows / measure.LEARN_RATE
+        + case.rules / 1000
+    )
     if section.search and case.outputs == 1:
         load += 1.5 * (setup.steps + 1) * (setup.trial + 0.4)
     if section.curve and setup.curve and case.outputs == 1:

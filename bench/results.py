@@ -18,7 +18,10 @@ VERSION: Final = 1  # of the file
 
 @dataclass(frozen=True)
 class Sample:
-    """One step's figures. `rate`: offered, where there are several; else 0. `curve`: see measure.py."""
+    """A turn's figures; those that take no turns are with the last. `curve`: see measure.py.
+
+    rate: offered, where there are several; else 0.
+    """
 
     section: str
     case: Case
@@ -149,7 +152,7 @@ def _crowded(results: Results) -> list[str]:
         taken = figures["out"] / sample.case.copies
         if taken > 0.98 * figures["offered"]:
             found.append(f"{where}: the generator was the limit ({figures['offered']:,.0f} offered a second)")
-        if figures["lost_egress"] > 0.02 * max(1.0, figures["lost"]) and sample.case.segment:
+        if figures.get("lost_egress", 0) > 0.02 * max(1.0, figures.get("lost", 0)) and sample.case.segment:
             found.append(
                 f"{where}: the sink was the limit ({figures['lost_egress']:,.0f} frames had no place there)"
             )

@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--peers", nargs="+", metavar="NAME", help="only these (bench/peers.toml)")
     add("--rounds", type=int, help="times the main figures are measured (default 3; quick: 1)")
     add("--seconds", type=float, help="of load for each figure (default 1.6; quick: 0.7)")
-    add("--pps", type=float, default=3e6, help="offered as overload (default %(default)g)")
+    add("--pps", type=float, default=measure.Setup.pps, help="offered as overload (default %(default)g)")
     add(
         "--out",
         type=Path,
@@ -128,7 +128,7 @@ def _prepare(
 
 
 def _taking_part(plan: Sequence[Step], everybody: Sequence[Peer]) -> list[Peer]:
-    names = {step.peer.name for step in plan}
+    names = {peer.name for step in plan for peer in step.peers}
     return [peer for peer in everybody if peer.name in names]
 
 
@@ -179,11 +179,15 @@ def _run(plan: Sequence[Step], setup: measure.Setup, results: Results, console: 
 def _one(step: Step, setup: measure.Setup, results: Results, clock: Clock) -> None:
     began = time.monotonic()
     try:
-        for found in measure.measure(setup, step.peer, step.section, step.case):
-            about = (step.section.name, step.case, step.peer.name, step.round)
-            results.samples.append(Sample(*about, found.rate, found.figures, found.curve))
+        findings = measure.measure(setup, step.peers, step.section, step.case)
     except (OSError, RuntimeError) as error:
         results.problems.append(f"{step}, round {step.round}: {error}")
+        findings = {}
+    for name, found in findings.items():
+        about = (step.section.name, step.case, name, step.round)
+        results.samples += [Sample(*about, one.rate, one.figures, one.curve) for one in found.outcomes]
+        if found.problem:
+            results.problems.append(f"{step.case}, {name}, round {step.round}: {found.problem}")
     clock.step(step.seconds, time.monotonic() - began)
 
 

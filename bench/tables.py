@@ -244,7 +244,7 @@ def memory(results: Results) -> Table:
 
 
 def losses(results: Results) -> Table:
-    """Where what was too much ended, in the first section: of 3 M/s offered, one output."""
+    """Where what was too much ended, in the first section: of what is offered as overload, one output."""
     rows = []
     section = results.sections()[0]
     for name in results.names(section.name) if section.measure == "load" else ():

@@ -9,6 +9,7 @@ ends the load.
 """
 
 import contextlib
+import errno
 import functools
 import math
 import os
@@ -38,7 +39,7 @@ BURST: Final = 64  # frames that leave together, unless told otherwise
 LONGEST: Final = 3400  # bytes of payload: a live frame has to fit a page, with the kernel's own
 _INTERFACES: Final = 2048  # load.bpf.c, for all of these
 _LOAD: Final = [("next", "<u8"), ("gap", "<u8"), ("sent", "<u8"), ("stop", "<u8"), ("flows", "<u4"),
-                ("flow", "<u4"), ("ifindex", "<u4"), ("timed", "<u4")]  # fmt: skip
+                ("flow", "<u4"), ("ifindex", "<u4"), ("pad", "<u4", 5), ("timed", "<u4")]  # fmt: skip
 _HEAD: Final = [("bytes", "u1", 48), ("sum", "<u8")]
 _TALLY: Final = [(name, "<u8") for name in ("datagrams", "bytes", "frames", "first", "last")]
 _UNSUMMED: Final = (1 << 64) - 1
@@ -101,7 +102,9 @@ class Programs:
         made.set_max_entries("heads", flows)
         made.set_constants(payload=self.payload)
         made.load()
-        self.source, self._sink = (self._kept(made.program_fd(name)) for name in ("source", "sink"))
+        self.source, self._sink, self._pass = (
+            self._kept(made.program_fd(name)) for name in ("source", "sink", "pass")
+        )
         self.load = self._array(made, "load", 1, _LOAD)
         self.heads = self._array(made, "heads", flows, _HEAD)
         self.tallies = self._array(made, "tallies", _INTERFACES, _TALLY)
@@ -126,6 +129,16 @@ class Programs:
     def close(self) -> None:
         """Unload; closing twice is fine."""
         self._stack.close()
+
+    def keep_polling(self, ifindex: int) -> None:
+        """A veth of the caller's namespace takes XDP's frames without GRO, too: while there is an XDP program."""
+        try:
+            link = libbpf.attach_xdp(self._pass, ifindex)
+        except OSError as error:
+            if error.errno != errno.EBUSY:  # EBUSY: the relay has one there
+                raise
+        else:
+            self._stack.callback(link.close)
 
     # ---- the sink ----------------------------------------------------------------------------------
 

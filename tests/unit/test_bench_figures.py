@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 import costs
 import histogram
 import lab as labs
+import measure
 import peers
 import plan
 import results
@@ -193,6 +195,40 @@ def test_spent() -> None:
     assert math.isnan(costs.spent(before, after, 2.0, 0)["cpu"])
 
 
+# ---- turns -----------------------------------------------------------------------------------------
+
+
+def test_relays_take_turns_under_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that fails takes no further part; the others do, and what takes no turns is with the last."""
+    turns: list[str] = []
+
+    def overload(_: Setup, bench: Any) -> dict[str, float]:
+        turns.append(bench.name)
+        if turns.count("bad") == 2 and bench.name == "bad":
+            raise RuntimeError("it ended")
+        return {"out": float(len(turns))}
+
+    lost = iter(range(100))
+    stages = SimpleNamespace(of=lambda _: SimpleNamespace(since=lambda _: {"lost": float(next(lost))}))
+    monkeypatch.setattr(measure, "_overload", overload)
+    monkeypatch.setattr(measure, "_cost", lambda *_: {"cpu": 1.0})
+    monkeypatch.setattr(measure, "_once", lambda *_: {"pss": 7.0})
+    monkeypatch.setattr(measure, "_Stages", stages)
+    names = ("one", "bad", "two")
+    found = {name: measure.Finding() for name in names}
+    entrants: list[Any] = [
+        measure._Entrant(found[name], SimpleNamespace(name=name), stages.of(None))  # type: ignore[arg-type]
+        for name in names
+    ]
+    measure._take_turns(Setup(CORES), SECTIONS[0], entrants)
+    assert turns == ["one", "bad", "two", "one", "bad", "two", "one", "two"]
+    assert [len(each.outcomes) for each in found.values()] == [3, 1, 3]
+    assert [each.problem for each in found.values()] == ["", "it ended", ""]
+    assert [sorted(each.figures) for each in found["two"].outcomes] == [
+        ["cpu", "out"], ["cpu", "out"], ["cpu", "lost", "out", "pss"]
+    ]  # fmt: skip
+
+
 # ---- plan ------------------------------------------------------------------------------------------
 
 
@@ -200,10 +236,13 @@ def test_peers_take_turns_and_begin_in_turn() -> None:
     everybody = peers.load()
     setup = Setup(CORES)
     steps = plan.steps(Choice(sections=["fan-out"], rounds=2), everybody, setup)
-    first = [[step.peer.name for step in steps if step.round == n and step.case == Case()] for n in (1, 2)]
+    first = [
+        [peer.name for step in steps if step.round == n and step.case == Case() for peer in step.peers]
+        for n in (1, 2)
+    ]
     assert sorted(first[0]) == sorted(first[1])
     assert first[0] != first[1]
-    assert {step.case.outputs for step in steps} == {1, 4, 16, 64}
+    assert {step.case.outputs for step in steps} == {1, 4, 8, 16, 64}
 
 
 def test_how_long_it_takes() -> None:
