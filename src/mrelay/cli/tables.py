@@ -17,6 +17,7 @@ _FLOW_COLUMNS: Final = (
     *("PACKETS", "PACKETS/S", "BITRATE", "WORKER", "ENGINE", "HEALTH"),
 )
 _FLOW_NUMBERS: Final = ("VLAN", "PORT", "PACKETS", "PACKETS/S", "BITRATE", "WORKER")
+_MOST_OUTPUTS: Final = 16  # of one flow
 _WORKER_COLUMNS: Final = (
     *("WORKER", "CORE", "PID", "STATE", "RESTARTS", "REPAIRS", "EGRESS", "FLOWS", "RECEIVED", "CARRIED", "CPU"),
 )
@@ -62,7 +63,7 @@ def _flow_row(flow: dict[str, Any]) -> list[str]:
         flow["group"],
         str(flow["port"]),
         "\n".join(flow["rules"]) or "-",
-        "\n".join(flow["outputs"]) or "-",
+        _lines(flow["outputs"]) or "-",
         output.count(flow["packets"]),
         output.scaled(flow["pps"], ""),
         output.scaled(flow["bps"], "bit/s"),
@@ -70,6 +71,14 @@ def _flow_row(flow: dict[str, Any]) -> list[str]:
         flow["engine"] + (f": {flow['why']}" if flow["why"] else ""),
         flow["health"] or "-",
     ]
+
+
+def _lines(outputs: list[str]) -> str:
+    """One each, but not thousands of the same flow: what follows it would be far below."""
+    more = len(outputs) - _MOST_OUTPUTS
+    if more <= 1:
+        return "\n".join(outputs)
+    return "\n".join([*outputs[:_MOST_OUTPUTS], f"and {output.count(more)} more (all: --json)"])
 
 
 def _stats_view(answer: dict[str, Any]) -> RenderableType:
