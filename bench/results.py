@@ -144,16 +144,15 @@ def _joined(text: str) -> str:
 
 
 def _crowded(results: Results) -> list[str]:
-    """Steps at which the load or the sink may have been the limit."""
-    found = []
+    """Steps at which the load or the sink may have been the limit: once for each, however many turns it had."""
+    found: dict[tuple[str, str], str] = {}
     load = [sample for sample in results.samples if "offered" in sample.figures]
     for sample in load:
         figures, where = sample.figures, f"{sample.case}, {sample.peer}, round {sample.round}"
-        taken = figures["out"] / sample.case.copies
+        taken, lost = figures["out"] / sample.case.copies, figures.get("lost", 0.0)
         if taken > 0.98 * figures["offered"]:
-            found.append(f"{where}: the generator was the limit ({figures['offered']:,.0f} offered a second)")
-        if figures.get("lost_egress", 0) > 0.02 * max(1.0, figures.get("lost", 0)) and sample.case.segment:
-            found.append(
-                f"{where}: the sink was the limit ({figures['lost_egress']:,.0f} frames had no place there)"
-            )
-    return found
+            said = f"{where}: the generator was the limit ({figures['offered']:,.0f} offered a second)"
+            found.setdefault((where, "generator"), said)
+        if (full := figures.get("lost_egress", 0.0)) > 0.02 * max(1.0, lost) and sample.case.segment:
+            found[where, "sink"] = f"{where}: the sink was the limit ({full:,.0f} frames had no place there)"
+    return list(found.values())
