@@ -171,6 +171,7 @@ def _loads(setup: Setup, peers: Sequence[Peer], section: Section, case: Case) ->
     with contextlib.ExitStack() as stack:
         for peer in peers:
             with findings[peer.name].noting():
+                stack.enter_context(findings[peer.name].noting())  # its end may fail, too, and is its own
                 bench = stack.enter_context(_bench(setup, peer, case))
                 _learn(bench)
                 entrants.append(_Entrant(findings[peer.name], bench, _Stages.of(bench)))
