@@ -190,6 +190,7 @@ def _take_turns(setup: Setup, section: Section, entrants: Sequence[_Entrant]) ->
     for one in entrants:
         if not one.found.problem:
             with one.found.noting():
+                one.bench.programs.drained()
                 lost = _Stages.of(one.bench).since(one.before)
                 one.found.outcomes[-1].figures |= lost | _once(setup, section, one.bench, one.found)
 

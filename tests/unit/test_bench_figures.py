@@ -1,7 +1,8 @@
 """The benchmark's arithmetic: search for the lossless rate, histograms, medians, verdicts, plan, costs."""
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -199,6 +200,10 @@ def test_spent() -> None:
 # ---- turns -----------------------------------------------------------------------------------------
 
 
+def relay_named(name: str) -> Any:
+    return SimpleNamespace(name=name, programs=SimpleNamespace(drained=lambda: None))
+
+
 def test_relays_take_turns_under_load(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that fails takes no further part; the others do, and what takes no turns is with the last."""
     turns: list[str] = []
@@ -217,10 +222,7 @@ def test_relays_take_turns_under_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "_Stages", stages)
     names = ("one", "bad", "two")
     found = {name: measure.Finding() for name in names}
-    entrants: list[Any] = [
-        measure._Entrant(found[name], SimpleNamespace(name=name), stages.of(None))  # type: ignore[arg-type]
-        for name in names
-    ]
+    entrants: list[Any] = [measure._Entrant(found[name], relay_named(name), stages.of(None)) for name in names]
     measure._take_turns(Setup(CORES), SECTIONS[0], entrants)
     assert turns == ["one", "bad", "two", "one", "bad", "two", "one", "two"]
     assert [len(each.outcomes) for each in found.values()] == [3, 1, 3]
@@ -228,6 +230,30 @@ def test_relays_take_turns_under_load(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [sorted(each.figures) for each in found["two"].outcomes] == [
         ["cpu", "out"], ["cpu", "out"], ["cpu", "lost", "out", "pss"]
     ]  # fmt: skip
+
+
+def test_one_that_does_not_stop_in_order_is_noted_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was found of it stays, and the others are stopped."""
+    stopped = []
+
+    @contextlib.contextmanager
+    def bench(_: Setup, peer: Any, __: Case) -> Iterator[Any]:
+        yield relay_named(peer.name)
+        stopped.append(peer.name)
+        if peer.name == "bad":
+            raise RuntimeError("it does not end")
+
+    stages = SimpleNamespace(of=lambda _: SimpleNamespace(since=lambda _: {}))
+    for name, what in (
+        ("_bench", bench), ("_learn", lambda _: None), ("_Stages", stages), ("_once", lambda *_: {}),
+        ("_overload", lambda *_: {"out": 1.0}), ("_cost", lambda *_: {}),
+    ):  # fmt: skip
+        monkeypatch.setattr(measure, name, what)
+    some: list[Any] = [SimpleNamespace(name=name) for name in ("one", "bad", "two")]
+    found = measure._loads(Setup(CORES), some, SECTIONS[0], Case())
+    assert [each.problem for each in found.values()] == ["", "it does not end", ""]
+    assert [len(each.outcomes) for each in found.values()] == [measure.TURNS] * 3
+    assert sorted(stopped) == ["bad", "one", "two"]
 
 
 # ---- plan ------------------------------------------------------------------------------------------
