@@ -53,23 +53,28 @@ ALWAYS_INLINE _Bool is_heard(void *context, struct flow *flow, struct bpf_sock_t
 
 /* ---- outputs ---- */
 
+ALWAYS_INLINE struct place *place_at(__u32 place)
+{
+    return bpf_map_lookup_elem(&route, &place);
+}
+
 ALWAYS_INLINE struct output *output_at(__u32 place)
 {
-    __u32 *index = bpf_map_lookup_elem(&route, &place);
-    return index ? bpf_map_lookup_elem(&outputs, index) : 0;
+    struct place *at = place_at(place);
+    return at ? bpf_map_lookup_elem(&outputs, &at->output) : 0;
 }
 
 ALWAYS_INLINE struct hop *hop_of(const struct output *output)
 {
+    if (!output)
+        return 0;
     __u32 number = output->hop;
     return bpf_map_lookup_elem(&hops, &number);
 }
 
-ALWAYS_INLINE __u32 judge_output(const struct frame *frame, const struct output *output)
+/* `hop`: the output's; NULL when there is no output. */
+ALWAYS_INLINE __u32 judge_output(const struct frame *frame, const struct output *output, const struct hop *hop)
 {
-    if (!output)
-        return PASSED_HOP;
-    struct hop *hop = hop_of(output);
     if (!hop || !(hop->flags & HOP_READY) ||
         (!output->keep && is_zero(output->source) && is_zero(hop->source)))
         return PASSED_HOP;

@@ -45,10 +45,28 @@ struct flow {
     __u32 entered; /* R: ... and those that came to its rings: the kernel may hold some of a list in between */
     __u32 unheard; /* F, X: the tick at which no listener was found */
     __u32 limit;   /* of the one rule that all its outputs are from: index into `limits` + 1; 0: no rate */
-    __u32 reserved;
+    __u32 single;  /* F at tc: so many frames in a row were not merged; SINGLE at most */
 };
 
-/* ---- route: mmapped array of __u32, indices into `outputs` (W) ---- */
+/* ---- route: mmapped array (W) ---- */
+
+struct place {
+    __u32 output;    /* index into `outputs` */
+    __u32 broadcast; /* of a route's first: index into `broadcasts` + 1; else 0, or BROADCAST_HOP */
+};
+
+#define BROADCAST_HOP (~0U) /* none, for an interface that takes no frames from XDP */
+
+/* ---- broadcasts: mmapped array, the interfaces that routes of several outputs leave by (W); one of devmap0 …
+ * each says the same to the kernel ---- */
+
+#define BROADCASTS 32
+#define MAX_COPIES 16
+
+struct broadcast {
+    __u32 changes;             /* the devmap is good for hops that have not changed since */
+    __u32 ifindex[MAX_COPIES]; /* of a route's outputs, in order, all different; 0: no more */
+};
 
 /* ---- outputs: mmapped array, one concrete destination each, of the flow's own family (W; `errors`: F, atomically) ---- */
 
@@ -77,8 +95,9 @@ struct hop {
     __u32 mtu;
     __u8 mac[6];       /* the next hop's; unused for multicast, and where there is no link-layer header */
     __u8 own_mac[6];   /* the interface's */
-    __u8 reserved[8];
     __u8 source[16];   /* for outputs that have none of their own; all zeros: leave it to the slow path */
+    __u32 changes;     /* of all hops together, up to this one's last */
+    __u32 reserved;
 }; /* 48 bytes */
 
 #define HOP_READY 1
@@ -125,11 +144,12 @@ enum passed {
 enum why_not_xdp {
     XDP_SAW_NONE,
     XDP_ORDER,      /* tc carries it, or will, and frames of the flow may still be on their way there */
-    XDP_OUTPUTS,    /* more than one: tc carries merged frames, which is more than XDP gains */
+    XDP_OUTPUTS,    /* two by one interface, more than MAX_COPIES, or no room in `broadcasts` */
     XDP_HOP,        /* its output's interface takes none from XDP */
     XDP_PARTIAL,    /* the UDP checksum is for hardware to complete: the sender is on this host */
     XDP_NO_ROOM,    /* the driver has no room for a stamp */
     XDP_RATE,       /* its rule has a rate, which tc keeps */
+    XDP_MERGED,     /* GRO merges its frames: tc carries more of those than XDP of single ones */
 };
 
 /* ---- progress: mmapped array, one for each worker; each writer has a cache line of its own ---- */
@@ -156,6 +176,7 @@ struct range_key {
     __u8 address[16];  /* IPv4 in the first four bytes */
 };
 
+#define SINGLE 16 /* frames in a row that GRO did not merge: XDP may carry the flow */
 #define PATIENCE 16384 /* frames that a flow waits for the slow path to be drained; then it overtakes, once */
 #define VLAN_MARK 0x65726d02 /* 02:6d:72:65, locally administered: before the VLAN of a frame that tc left */
 #define HELD_MARK 0x6d72656c /* SO_MARK of the sockets that hold unicast inputs' ports: no listener's */

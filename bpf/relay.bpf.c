@@ -100,7 +100,8 @@ ALWAYS_INLINE _Bool is_due(struct flow *flow, _Bool is_long)
 static long check_output(__u32 index, void *context)
 {
     struct frame *frame = context;
-    frame->reason = judge_output(frame, output_at(frame->start + index));
+    struct output *output = output_at(frame->start + index);
+    frame->reason = judge_output(frame, output, hop_of(output));
     return frame->reason != CARRIED;
 }
 
@@ -159,6 +160,14 @@ ALWAYS_INLINE void note_stamp(const struct __sk_buff *skb, struct flow *flow)
         __sync_lock_test_and_set(&flow->seen, *stamp);
 }
 
+/* XDP leaves flows alone whose frames GRO merges. */
+ALWAYS_INLINE void note_merging(const struct frame *frame, struct flow *flow)
+{
+    __u32 before = flow->single, single = frame->datagrams > 1 ? 0 : before < SINGLE ? before + 1 : before;
+    if (single != before)
+        flow->single = single;
+}
+
 ALWAYS_INLINE int carry(struct frame *frame, struct flow *flow, struct bpf_sock_tuple *tuple, __u32 size)
 {
     __u32 last = flow->length - 1, reason = judge(frame, flow, tuple, size);
@@ -166,6 +175,7 @@ ALWAYS_INLINE int carry(struct frame *frame, struct flow *flow, struct bpf_sock_
         reason = PASSED_SHAPE;
     if (flow->state != reason)
         flow->state = reason;
+    note_merging(frame, flow);
     note_stamp(frame->skb, flow);
     if (reason != CARRIED) {
         __sync_fetch_and_add(&flow->left, 1);

@@ -1,5 +1,5 @@
 /* The fast path's second accelerator: in the driver, before the kernel makes an skb of a frame, carries the frames of
- * flows with one output.
+ * flows that GRO does not merge.
  *
  * It comes after tc: a flow is carried here once `relay` carries it, and once the last frame that was passed on from
  * here has come by there, as its stamp says. So this program need not know how far the slow path is, and overtakes
@@ -7,9 +7,7 @@
  *
  * There is no partial checksum to be seen here, nor a VLAN tag that the driver has taken off (the supervisor has that
  * switched off). Frames with a tag in them are passed on. */
-#include "judge.h"
-#include "maps.h"
-#include "output.h"
+#include "driver.h"
 
 /* ---- passing on ---- */
 
@@ -37,17 +35,30 @@ ALWAYS_INLINE _Bool put_stamp(struct xdp_md *xdp, __u64 stamp)
     return 1;
 }
 
-/* Leave a frame of a flow with one output to tc. Every one gets a stamp of its own, but only those carry theirs
- * along that may open this path: frames with different stamps are not merged. */
+ALWAYS_INLINE int say(struct flow *flow, __u32 why)
+{
+    if (flow->why != why)
+        flow->why = why;
+    return XDP_PASS;
+}
+
+/* Leave a flow's frames to tc until further notice, unmarked: they may be merged. */
+ALWAYS_INLINE int leave(struct flow *flow, __u32 why)
+{
+    if (flow->given)
+        flow->given = 0;
+    return say(flow, why);
+}
+
+/* Leave to tc a frame of a flow that may be carried here. Every one gets a stamp of its own, but only those carry
+ * theirs along that may open this path: frames with different stamps are not merged. */
 ALWAYS_INLINE int pass(const struct frame *frame, struct flow *flow, __u32 why)
 {
     __u64 stamp = bpf_ktime_get_ns();
     if (why == XDP_ORDER && flow->state >= CARRIED)
         why = is_partial(frame) ? XDP_PARTIAL : put_stamp(frame->xdp, stamp) ? XDP_ORDER : XDP_NO_ROOM;
     flow->given = stamp;
-    if (flow->why != why)
-        flow->why = why;
-    return XDP_PASS;
+    return say(flow, why);
 }
 
 /* Whether the frame may be sent from here without overtaking any. */
@@ -59,27 +70,6 @@ ALWAYS_INLINE _Bool is_open(const struct flow *flow)
 
 /* ---- sending ---- */
 
-ALWAYS_INLINE _Bool rewrite(const struct frame *frame, const struct output *output, const struct hop *hop)
-{
-    struct ethhdr *eth = (void *)(long)frame->xdp->data;
-    void *end = (void *)(long)frame->xdp->data_end;
-    struct head4 *four = (void *)(eth + 1);
-    struct head6 *six = (void *)(eth + 1);
-    struct change change;
-    if (frame->headers == sizeof(*four)) {
-        if ((void *)(four + 1) > end)
-            return 0;
-        write4(frame, output, hop, eth, &change);
-        mend_whole(&four->udp, &change);
-    } else {
-        if ((void *)(six + 1) > end)
-            return 0;
-        write6(frame, output, hop, eth, &change);
-        mend_whole(&six->udp, &change);
-    }
-    return 1;
-}
-
 /* Cut off what Ethernet padded. */
 ALWAYS_INLINE _Bool trim(const struct frame *frame)
 {
@@ -87,33 +77,103 @@ ALWAYS_INLINE _Bool trim(const struct frame *frame)
     return len == wanted || !bpf_xdp_adjust_tail(frame->xdp, (int)(wanted - len));
 }
 
+ALWAYS_INLINE void note_carried(const struct frame *frame, struct flow *flow)
+{
+    count_carried(frame, flow);
+    if (flow->state != CARRIED_XDP)
+        flow->state = CARRIED_XDP;
+}
+
 ALWAYS_INLINE int send(const struct frame *frame, struct flow *flow, struct output *output, const struct hop *hop)
 {
     if (!trim(frame) || !rewrite(frame, output, hop))
         return XDP_DROP; /* neither can be: the lengths were checked, and frames only get shorter */
-    count_carried(frame, flow);
-    if (flow->state != CARRIED_XDP)
-        flow->state = CARRIED_XDP;
+    note_carried(frame, flow);
     return bpf_redirect(hop->ifindex, 0);
+}
+
+#define BROADCAST(n) \
+    case n:          \
+        return bpf_redirect_map(&devmap##n, 0, BPF_F_BROADCAST);
+
+/* The frame as it is, with a ticket: copy.bpf.c makes of each copy what its output wants. */
+ALWAYS_INLINE int send_copies(const struct frame *frame, struct flow *flow, __u32 number)
+{
+    struct ticket *ticket;
+    if (bpf_xdp_adjust_meta(frame->xdp, -(int)sizeof(*ticket)))
+        return pass(frame, flow, XDP_NO_ROOM);
+    ticket = (void *)(long)frame->xdp->data_meta;
+    if ((void *)(ticket + 1) > (void *)(long)frame->xdp->data)
+        return XDP_DROP; /* can't be: there it is */
+    ticket->number = number;
+    ticket->start = frame->start;
+    if (!trim(frame))
+        return XDP_DROP;
+    note_carried(frame, flow);
+    switch (number) {
+        EACH_BROADCAST(BROADCAST)
+    }
+    return XDP_DROP; /* can't be: there is such a broadcast */
 }
 
 /* ---- a frame of an installed flow ---- */
 
-ALWAYS_INLINE int carry(struct frame *frame, struct flow *flow, struct bpf_sock_tuple *tuple, __u32 size)
+ALWAYS_INLINE int carry_one(struct frame *frame, struct flow *flow, struct bpf_sock_tuple *tuple, __u32 size)
 {
-    if (flow->length != 1 || flow->limit) {
-        __u32 why = flow->limit ? XDP_RATE : XDP_OUTPUTS;
-        if (flow->why != why)
-            flow->why = why;
-        return XDP_PASS;
-    }
     struct output *output = output_at(flow->start);
-    struct hop *hop = output ? hop_of(output) : 0;
-    if (!output || !hop || !(hop->flags & HOP_XDP))
+    struct hop *hop = hop_of(output);
+    if (!hop || !(hop->flags & HOP_XDP))
         return pass(frame, flow, XDP_HOP);
-    if (!is_open(flow) || judge_output(frame, output) != CARRIED || is_heard(frame->xdp, flow, tuple, size))
+    if (!is_open(flow) || judge_output(frame, output, hop) != CARRIED || is_heard(frame->xdp, flow, tuple, size))
         return pass(frame, flow, XDP_ORDER);
     return send(frame, flow, output, hop);
+}
+
+struct checking {
+    struct frame *frame;
+    const struct broadcast *to;
+    _Bool reached; /* the broadcast comes to each output so far */
+};
+
+/* For bpf_loop: 1 ends it. */
+static long check_copy(__u32 index, void *context)
+{
+    struct checking *checking = context;
+    struct frame *frame = checking->frame;
+    struct output *output = output_at(frame->start + index);
+    struct hop *hop = hop_of(output);
+    if (!hop || index >= MAX_COPIES || !(hop->flags & HOP_XDP) || checking->to->ifindex[index] != hop->ifindex ||
+        (__s32)(hop->changes - checking->to->changes) > 0) {
+        checking->reached = 0;
+        return 1;
+    }
+    frame->reason = judge_output(frame, output, hop);
+    return frame->reason != CARRIED;
+}
+
+ALWAYS_INLINE int carry_many(struct frame *frame, struct flow *flow, struct bpf_sock_tuple *tuple, __u32 size)
+{
+    struct place *first = place_at(flow->start);
+    __u32 number = first ? first->broadcast - 1 : 0;
+    struct checking checking = {.frame = frame, .to = bpf_map_lookup_elem(&broadcasts, &number), .reached = 1};
+    if (!checking.to)
+        return leave(flow, number + 1 == BROADCAST_HOP ? XDP_HOP : XDP_OUTPUTS);
+    frame->start = flow->start;
+    bpf_loop(flow->length, check_copy, &checking, 0);
+    if (!checking.reached)
+        return pass(frame, flow, XDP_HOP);
+    if (!is_open(flow) || frame->reason != CARRIED || is_heard(frame->xdp, flow, tuple, size))
+        return pass(frame, flow, XDP_ORDER);
+    return send_copies(frame, flow, number);
+}
+
+ALWAYS_INLINE int carry(struct frame *frame, struct flow *flow, struct bpf_sock_tuple *tuple, __u32 size)
+{
+    if (flow->limit)
+        return leave(flow, XDP_RATE);
+    if (flow->single < SINGLE)
+        return leave(flow, XDP_MERGED);
+    return flow->length == 1 ? carry_one(frame, flow, tuple, size) : carry_many(frame, flow, tuple, size);
 }
 
 ALWAYS_INLINE int relay4(struct xdp_md *xdp, const struct head4 *head, void *end)

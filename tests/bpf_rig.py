@@ -27,9 +27,9 @@ _GSO_SEGS: Final = 164  # offsets in struct __sk_buff, linux/bpf.h
 _GSO_SIZE: Final = 176
 _SK_BUFF: Final = 192
 _DTYPES: Final[dict[str, Any]] = {
-    # elements of an array lie 8 bytes apart at least
-    "route": {"names": ["output"], "formats": ["<u4"], "itemsize": 8},
-    "outputs": layout.OUTPUT, "hops": layout.HOP, "counts": layout.COUNT, "passed": "<u8",
+    "route": layout.PLACE, "outputs": layout.OUTPUT, "hops": layout.HOP, "counts": layout.COUNT, "passed": "<u8",
+    # elements of an array lie a multiple of 8 bytes apart
+    "broadcasts": [*layout.BROADCAST, ("pad", "<u4")],
     "limits": layout.LIMIT,
     "progress": layout.PROGRESS,
 }  # fmt: skip
@@ -114,6 +114,7 @@ class FastPath:
         state: int = 0,
         stamp: int = 0,
         limit: int = 0,
+        single: int = layout.SINGLE,
     ) -> None:
         """A flow with these outputs, at the start of the first half. `stamp`: given by XDP, and seen at tc."""
         for i, output in enumerate(outputs):
@@ -125,8 +126,8 @@ class FastPath:
                 at[name] = getattr(output, name)
             at["multicast"] = ipaddress.ip_address(output.address).is_multicast
             self.arrays["route"][i]["output"] = i
-        stamps = stamp, stamp
-        value = struct.pack("<QIIIIIIQQ16xI4x", tail, worker, slot, 0, len(outputs), 0, state, *stamps, limit)
+        first = tail, worker, slot, 0, len(outputs), 0, state, stamp, stamp
+        value = struct.pack("<QIIIIIIQQ16xII", *first, limit, single)
         self.flows[4 if len(flow) == 16 else 6].update(flow, value)
 
     def enter(self, flow: bytes) -> None:

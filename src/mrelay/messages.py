@@ -314,7 +314,8 @@ class WorkerUp:
 class FastPath:
     """Supervisor to control, and to a worker after its WorkerSetup: the fast path's maps.
 
-    Descriptors: those of ebpf.layout.MAPS, in that order; none when there is no fast path, and `problem` says why.
+    Descriptors: those of ebpf.layout.MAPS, in that order, and the program for what XDP broadcasts; none when there
+    is no fast path, and `problem` says why.
     `pinned`: it outlives the relay. `workers`, `slots`, `routes`, `outputs`, `cpus` are ebpf.layout.Sizes.
     """
 

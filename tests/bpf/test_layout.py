@@ -11,7 +11,8 @@ pytestmark = pytest.mark.netns
 STRUCTS: dict[str, Any] = {
     "flow4_key": layout.FLOW4_KEY, "flow6_key": layout.FLOW6_KEY, "flow": layout.FLOW, "output": layout.OUTPUT,
     "hop": layout.HOP, "count": layout.COUNT, "meter": layout.METER, "limit": layout.LIMIT,
-    "progress": layout.PROGRESS, "range_key": layout.RANGE_KEY,
+    "place": layout.PLACE, "broadcast": layout.BROADCAST, "progress": layout.PROGRESS,
+    "range_key": layout.RANGE_KEY,
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 Both programs must send the same bytes, so the expected frames are those of bpf_tables.py.
 """
 
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,17 @@ from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.layers.l2 import Dot1Q, Ether
 
-from bpf_rig import HOP_SOURCE, HOP_SOURCE_6, TC_ACT_REDIRECT, XDP_PASS, XDP_REDIRECT, FastPath, Out, packed
+from bpf_rig import (
+    HOP_SOURCE,
+    HOP_SOURCE_6,
+    TC_ACT_REDIRECT,
+    XDP_PASS,
+    XDP_REDIRECT,
+    FastPath,
+    Out,
+    merged,
+    packed,
+)
 from bpf_tables import (
     CARRIED4,
     CARRIED6,
@@ -26,7 +37,17 @@ from bpf_tables import (
     v4,
     v6,
 )
-from mrelay.ebpf.layout import CARRIED, CARRIED_XDP, HOP_READY, HOP_XDP, PASSED, WHY_NOT_XDP
+from mrelay.ebpf.layout import (
+    BROADCAST_HOP,
+    BROADCASTS,
+    CARRIED,
+    CARRIED_XDP,
+    HOP_READY,
+    HOP_XDP,
+    PASSED,
+    SINGLE,
+    WHY_NOT_XDP,
+)
 
 pytestmark = pytest.mark.netns
 FRAME = bytes_of(v4())
@@ -129,11 +150,63 @@ def test_what_the_output_cannot_take_passes(xdp: FastPath, case: str) -> None:
     assert xdp.flow(KEY4)["given"] > 7
 
 
-def test_several_outputs_pass_without_a_stamp(xdp: FastPath) -> None:
-    """So that tc gets them merged."""
+@pytest.mark.parametrize(("value", "why"), [(0, "outputs"), (BROADCAST_HOP, "hop"), (BROADCASTS + 1, "outputs")])
+def test_several_outputs_without_a_broadcast(xdp: FastPath, value: int, why: str) -> None:
+    """They pass without a stamp, so that tc gets them merged; and close this path."""
     xdp.install(KEY4, Out(), Out(), **OPEN)
+    xdp.arrays["route"][0]["broadcast"] = value
     assert xdp.run_xdp(FRAME) == (XDP_PASS, FRAME, 0)
-    assert xdp.flow(KEY4)["why"] == WHY_NOT_XDP.index("outputs")
+    assert (xdp.flow(KEY4)["why"], xdp.flow(KEY4)["given"]) == (WHY_NOT_XDP.index(why), 0)
+
+
+def broadcast(path: FastPath, number: int = 5, **hop: Any) -> None:
+    """A flow with three outputs, by interfaces 1, 7 and 8; `hop`: what is special about that of the last."""
+    for at, ifindex in enumerate((1, 7, 8)):
+        path.set_hop(at, **READY | {"ifindex": ifindex, "changes": at} | (hop if at == 2 else {}))
+    path.install(KEY4, *(Out(hop=at) for at in range(3)), slot=3, **OPEN)
+    path.arrays["route"][0]["broadcast"] = number + 1
+    path.arrays["broadcasts"][number]["ifindex"][:3] = 1, 7, 8
+    path.arrays["broadcasts"][number]["changes"] = 2
+
+
+@pytest.mark.parametrize("number", range(BROADCASTS))
+def test_a_broadcast_has_a_ticket(xdp: FastPath, number: int) -> None:
+    """The frame leaves as it came, without padding, behind a ticket; counted once."""
+    broadcast(xdp, number)
+    padded = bytes_of(v4(b"short")).ljust(60, b"\0")
+    verdict, left, _ = xdp.run_xdp(padded)
+    ticket = struct.pack("=II", number, 0)
+    assert (verdict, left) == (XDP_REDIRECT, ticket + padded[:47])
+    assert xdp.counted(3) == (1, 5)
+    assert xdp.flow(KEY4)["state"] == CARRIED_XDP
+
+
+@pytest.mark.parametrize(
+    "hop",
+    [{"flags": HOP_READY}, {"ifindex": 9}, {"changes": 3}, {"flags": 0}, {"mtu": 100}],
+    ids=["no XDP", "another interface", "changed since", "not ready", "MTU"],
+)
+def test_what_one_of_several_cannot_take(xdp: FastPath, hop: dict[str, Any]) -> None:
+    """The frame passes as it is, and uncounted; the path is closed until tc has seen it."""
+    broadcast(xdp, **hop)
+    verdict, left, _ = xdp.run_xdp(FRAME)
+    assert (verdict, left, xdp.counted(3)) == (XDP_PASS, FRAME, (0, 0))
+    assert xdp.flow(KEY4)["given"] > 7
+    assert xdp.flow(KEY4)["why"] == WHY_NOT_XDP.index("order" if "mtu" in hop else "hop")
+
+
+def test_what_gro_merges_passes(xdp: FastPath) -> None:
+    """Until tc has seen enough single frames in a row; a merged one there starts the count anew."""
+    xdp.install(KEY4, Out(), single=SINGLE - 1, **OPEN)
+    assert xdp.run_xdp(FRAME) == (XDP_PASS, FRAME, 0)
+    assert (xdp.flow(KEY4)["why"], xdp.flow(KEY4)["given"]) == (WHY_NOT_XDP.index("merged"), 0)
+    for _ in range(3):
+        xdp.run(FRAME)
+    assert xdp.flow(KEY4)["single"] == SINGLE
+    assert xdp.run_xdp(FRAME)[2] > 0
+    two = bytes_of(v4(2 * PAYLOAD))
+    assert xdp.run(two, merged(2, len(PAYLOAD)))[0] == TC_ACT_REDIRECT
+    assert xdp.flow(KEY4)["single"] == 0
 
 
 def test_a_hop_without_ndo_xdp_xmit(xdp: FastPath) -> None:

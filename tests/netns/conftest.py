@@ -1,6 +1,7 @@
 """Fixtures of the namespace tests. (Without the privileges the tests are skipped by tests/conftest.py.)"""
 
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,18 @@ def folder() -> Iterator[Path]:
     made.chmod(0o755)
     yield made
     shutil.rmtree(made)
+
+
+@pytest.fixture
+def pins(folder: Path) -> Iterator[Path]:
+    """A BPF file system of the test's own."""
+    mounted = folder / "bpf"
+    mounted.mkdir()
+    done = subprocess.run(["mount", "-t", "bpf", "bpf", str(mounted)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"needs a BPF file system: {done.stderr.strip()}")
+    yield mounted
+    subprocess.run(["umount", str(mounted)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -5,28 +5,27 @@ The maps come from the supervisor's open descriptors, by pidfd_getfd(2): no copy
 
 import ctypes
 import os
+import platform
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import pytest
 
 from conftest import effective_capabilities
 from mrelay.ebpf import layout, load
 from mrelay.ebpf.maps import Maps
 from mrelay.kernel import libbpf
+from mrelay.kernel.syscalls import CALLS, MACHINES
 from netns.lab import eventually
 from netns.relay import Relay
 
 CAP_PERFMON, CAP_BPF = 38, 39  # linux/capability.h
 _PIDFD_GETFD: Final = 438  # asm-generic/unistd.h; the same on every machine
-_FLOW: Final = np.dtype(layout.FLOW).itemsize
-_KINDS: Final = {  # map type (linux/bpf.h), key and value bytes: only `limits` shares them, with `hops`
-    (1, 16, _FLOW): "flows4", (1, 40, _FLOW): "flows6", (2, 4, 4): "route", (2, 4, 64): "outputs",
-    (2, 4, 48): "hops", (2, 4, 24): "counts", (2, 4, 8): "passed", (2, 4, 128): "progress", (11, 28, 4): "ranges",
-}  # fmt: skip
+BPF_OBJ_GET_INFO_BY_FD: Final = 15  # linux/bpf.h
+_MAP_INFO: Final = struct.Struct("=6I16s")  # struct bpf_map_info, up to `name`; the fifth is `max_entries`
+_SYS_BPF: Final = dict(zip(MACHINES, CALLS["bpf"], strict=True))[platform.machine()]
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -41,9 +40,14 @@ def require() -> None:
             pytest.skip(f"needs {name}")
 
 
-def _fields(pid: int, fd: str) -> dict[str, str]:
-    text = Path(f"/proc/{pid}/fdinfo/{fd}").read_text()
-    return dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+def _named(fd: int) -> tuple[str, int]:
+    """A map's name and how much it holds; OSError for other descriptors."""
+    info = ctypes.create_string_buffer(_MAP_INFO.size)
+    attr = ctypes.create_string_buffer(struct.pack("=IIQ", fd, _MAP_INFO.size, ctypes.addressof(info)))
+    if _libc.syscall(_SYS_BPF, BPF_OBJ_GET_INFO_BY_FD, attr, 16):
+        raise OSError(ctypes.get_errno(), "BPF_OBJ_GET_INFO_BY_FD")
+    *_, entries, _, name = _MAP_INFO.unpack(info.raw)
+    return name.rstrip(b"\0").decode(), entries
 
 
 def _stolen(pid: int, fd: int) -> int:
@@ -62,13 +66,10 @@ def open_maps(pid: int) -> Maps:
     fds: dict[str, int] = {}
     entries: dict[str, int] = {}
     for fd in os.listdir(f"/proc/{pid}/fd"):
-        fields = _fields(pid, fd)
-        shape = tuple(int(fields.get(name, -1)) for name in ("map_type", "key_size", "value_size"))
-        name = _KINDS.get(shape)  # type: ignore[arg-type]
-        if name == "hops" and int(fields["max_entries"]) != layout.HOPS:
-            name = "limits"
-        if name is not None and name not in fds:
-            fds[name], entries[name] = _stolen(pid, int(fd)), int(fields["max_entries"])
+        if os.readlink(f"/proc/{pid}/fd/{fd}") == "anon_inode:bpf-map":
+            ours = _stolen(pid, int(fd))
+            name, entries[name] = _named(ours)
+            fds[name] = ours
     workers, halves = entries["progress"], layout.HALVES
     sizes = layout.Sizes(
         workers=workers,
@@ -77,7 +78,7 @@ def open_maps(pid: int) -> Maps:
         outputs=entries["outputs"] // workers // halves,
         cpus=entries["passed"] // layout.PASSED_REASONS,
     )
-    return Maps([fds[name] for name in layout.MAPS], sizes)
+    return Maps([*(fds[name] for name in layout.MAPS), -1], sizes)
 
 
 class Kernel:
@@ -88,7 +89,7 @@ class Kernel:
 
     def close(self) -> None:
         """Let go of the descriptors."""
-        for held in (*self.maps.flows.values(), self.maps.ranges):
+        for held in (*self.maps.flows.values(), self.maps.ranges, *self.maps.devmaps):
             os.close(held.fd)
 
     def passed(self) -> dict[str, int]:

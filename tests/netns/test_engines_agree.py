@@ -1,8 +1,8 @@
-"""One corpus of rules and frames through both engines and a reference in plain Python: the same comes out.
+"""One corpus of rules and frames through all engines and a reference in plain Python: the same comes out.
 
-Hypothesis makes rules and frames. Two relays, one an engine, get the same rules and frames, each frame twice, so
-that the second time the kernel carries what it can. What leaves is compared with what RuleSet and the strict
-parser say, the counters with each other.
+Hypothesis makes rules and frames. Relays, one an engine, get the same rules and frames, again and again, so that tc
+carries what it can from the second time on, and XDP, where it is asked for, from when it has come single often
+enough. What leaves is compared with what RuleSet and the strict parser say, the counters with each other.
 """
 
 import itertools
@@ -19,10 +19,12 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from mrelay.ebpf.layout import SINGLE
 from mrelay.messages import PutRule, RuleOutput
 from mrelay.model.ruleset import FlowKey, RuleSet
 from mrelay.worker.parse import Datagram, parse
 from netns import fast, frames
+from netns.driver import XDP, require, xdp_star
 from netns.frames import Packet
 from netns.lab import RELAY_IN, RELAY_IN_6, Lab, Star, eventually
 from netns.relay import Relay
@@ -30,6 +32,8 @@ from netns.traffic import Capture, send_frames
 
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(180)]
 EXAMPLES: Final = 12
+ROUNDS: Final = SINGLE + 4  # in which the corpus is sent
+MTU: Final = 3300  # what XDP has room for
 ETHERNET: Final = 14
 OUT_ADDRESSES: Final = {0: ("10.1.0.1", "fd00:1::1"), 1: ("10.1.1.1", "fd00:1:1::1")}
 
@@ -275,16 +279,18 @@ def reference(chosen: list[tuple[Input, tuple[Output, ...]]]) -> Reference:
 
 
 class Engine:
-    """A star with a relay of one engine."""
+    """A star with a relay of one engine: uring, ebpf (tc alone) or xdp."""
 
     def __init__(self, lab: Lab, stack: ExitStack, name: str) -> None:
-        self.star: Star = lab.star(outputs=2, mtu=9000)
+        self.name = name
+        self.star: Star = xdp_star(lab, 2, mtu=MTU)
         self.star.relay.ip(
             f"neigh replace 10.1.1.2 lladdr {self.star.sink.mac('k1').hex(':')} dev out1",
             f"neigh replace fd00:1:1::2 lladdr {self.star.sink.mac('k1').hex(':')} dev out1",
         )
-        self.relay = stack.enter_context(Relay(self.star.relay, "", arguments=["--engine", name]))
-        self.kernel = stack.enter_context(fast.kernel_of(self.relay)) if name == "ebpf" else None
+        config = XDP if name == "xdp" else f'[relay]\nengine = "{name}"\n'
+        self.relay = stack.enter_context(Relay(self.star.relay, config))
+        self.kernel = stack.enter_context(fast.kernel_of(self.relay)) if name != "uring" else None
         self.wires = [stack.enter_context(Capture(self.star.sink, f"k{i}")) for i in range(2)]
         self.own = self.star.relay.mac("in0")
 
@@ -319,11 +325,12 @@ class Engine:
 
 
 @pytest.fixture(scope="module")
-def engines() -> Iterator[tuple[Engine, Engine]]:
-    """Both."""
+def engines() -> Iterator[list[Engine]]:
+    """All of them."""
     fast.require()
-    with Lab() as first, Lab() as second, ExitStack() as stack:
-        yield Engine(first, stack, "uring"), Engine(second, stack, "ebpf")
+    require()
+    with ExitStack() as stack:
+        yield [Engine(stack.enter_context(Lab()), stack, name) for name in ("uring", "ebpf", "xdp")]
 
 
 def delivery(oif: int, packet: Packet) -> Delivery:
@@ -348,9 +355,9 @@ def place(each: Delivery) -> tuple[int, str, int]:
     return each.oif, each.destination, each.dport
 
 
-def test_both_engines_and_the_reference_agree(engines: tuple[Engine, Engine]) -> None:
+def test_all_engines_and_the_reference_agree(engines: list[Engine]) -> None:
     """Deliveries, their order within a flow, and counters."""
-    carried = [0]
+    carried: Counter[str] = Counter()
 
     @settings(
         max_examples=EXAMPLES, phases=[Phase.generate], database=None, suppress_health_check=list(HealthCheck)
@@ -364,25 +371,24 @@ def test_both_engines_and_the_reference_agree(engines: tuple[Engine, Engine]) ->
         told = reference(chosen)
         once, received = told.run(corpus)
         expected = [each for _, each in once]
-        count = [2 * sum(each.oif == oif for each in expected) for oif in range(2)]
+        count = [ROUNDS * sum(each.oif == oif for each in expected) for oif in range(2)]
         counted = []
         for engine in engines:
             before = engine.set_rules(tables)
-            for again in (1, 2):
-                engine.send(corpus, before["received"] + again * received)
+            for again in range(ROUNDS):
+                engine.send(corpus, before["received"] + (again + 1) * received)
             got = engine.deliveries(count)
-            found, wanted = Counter(delivery(*each) for each in got), Counter(expected * 2)
+            found, wanted = Counter(delivery(*each) for each in got), Counter(expected * ROUNDS)
             assert short(found - wanted) == short(wanted - found) == [], engine.relay.namespace
             assert_sound(got, corpus)
             assert_ordered([delivery(*each) for each in got], once, told.unordered)
             counted.append(counters(before, engine.relay.stats()))
-            if engine.kernel is not None:
-                carried[0] = engine.kernel.carried()
-        assert counted[0] == counted[1]
-        assert counted[0]["received"] == 2 * received
+            carried.update(flow["engine"] for flow in engine.relay.flows())
+        assert counted[0] == counted[1] == counted[2]
+        assert counted[0]["received"] == ROUNDS * received
 
     agree()
-    assert carried[0] > 0, "the kernel had its share"
+    assert carried["ebpf"] > 0 < carried["xdp"], f"tc and XDP had their share: {carried}"
 
 
 def short(found: Counter[Delivery]) -> list[str]:
@@ -407,7 +413,7 @@ def assert_ordered(got: list[Delivery], once: list[tuple[FlowKey, Delivery]], un
     for key, each in once:
         flows[each].add(key)
     sent, came = defaultdict(list), defaultdict(list)
-    for each in [each for _, each in once] * 2:
+    for each in [each for _, each in once] * ROUNDS:
         sent[frozenset(flows[each]), place(each)].append(each)
     for each in got:
         came[frozenset(flows[each]), place(each)].append(each)

@@ -47,18 +47,6 @@ def numbers(numbers_elf: bytes, star: Star) -> Iterator[Numbers]:
         yield made
 
 
-@pytest.fixture
-def pins(folder: Path) -> Iterator[Path]:
-    """A BPF file system of the test's own."""
-    mounted = folder / "bpf"
-    mounted.mkdir()
-    done = subprocess.run(["mount", "-t", "bpf", "bpf", str(mounted)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"needs a BPF file system: {done.stderr.strip()}")
-    yield mounted
-    subprocess.run(["umount", str(mounted)], check=True)
-
-
 def pinning(star: Star, folder: Path, pins: Path, config: str = CONFIG) -> Relay:
     """A relay that pins, in a folder that the next one finds again."""
     return Relay(star.relay, config, folder=folder, arguments=["--pin-dir", str(pins)])

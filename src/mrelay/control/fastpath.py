@@ -38,7 +38,7 @@ TAKE_OVER: Final = 10.0  # seconds in which the workers give all flows of an ear
 GRACE: Final = 0.001  # seconds: a program that runs has read what it needs of a hop long before
 # In place of the groups that an output with `*` keeps: all that counts is which source the kernel would choose.
 ANY_GROUP: Final = {4: "239.0.0.1", 6: "ff0e::1"}
-_HOP: Final = struct.Struct("=III6s6s8x16s")  # struct hop
+_HOP: Final = struct.Struct("=III6s6s16s")  # struct hop, up to `changes`
 _FLAGS: Final = struct.Struct("=I")  # its first member
 _RANGE: Final = struct.Struct("=III16s")  # struct range_key
 _UNREADY: Final = bytes(_HOP.size)
@@ -88,6 +88,7 @@ class FastPath:
         self._targets: frozenset[int] = frozenset()  # interfaces that take frames from XDP
         self._left: set[int] = set()
         self._hops = maps.hops.data.cast("B")
+        self._changes = int(maps.hops["changes"].max())
         self._written: dict[int, bytes] = {}
         self._inherited: dict[int, OpenEgress] = {}  # hops that a control before us wrote
         self._ranges = {bytes(key) for key in maps.ranges.all_keys()}  # a control before us may have left some
@@ -100,7 +101,7 @@ class FastPath:
         `held` are the sockets that are open, from before this control: their hops are good until looked at.
         """
         ready = np.flatnonzero(self._maps.hops["flags"]).tolist()
-        self._written |= {n: bytes(self._hops[n * _HOP.size : (n + 1) * _HOP.size]) for n in ready}
+        self._written |= {n: bytes(self._hop(n)) for n in ready}
         self._inherited = {egress.output: egress for egress in held if egress.output in self._written}
         self._left |= set(ready) - self._inherited.keys()
         if self._left:
@@ -149,15 +150,20 @@ class FastPath:
         if in_use := list(changed.keys() & self._written.keys()):
             flags[in_use] = 0
             await asyncio.sleep(GRACE)
+        self._changes += 1
         for number, record in changed.items():
-            at = number * _HOP.size
-            self._hops[at + 4 : at + _HOP.size] = record[4:]
+            self._hop(number)[_FLAGS.size :] = record[_FLAGS.size :]
+            self._maps.hops["changes"][number] = self._changes
         ready = [number for number, record in changed.items() if record != _UNREADY]
         for number in ready:
             flags[number] = _FLAGS.unpack_from(changed[number])[0]
         self._written |= {number: changed[number] for number in ready}
         for number in changed.keys() - set(ready):
             self._written.pop(number, None)
+
+    def _hop(self, number: int) -> memoryview:
+        at = number * self._maps.hops.itemsize
+        return self._hops[at : at + _HOP.size]
 
     def _record(self, egress: OpenEgress) -> bytes:
         link = self._links.by_name.get(self._links.name(egress.ifindex))

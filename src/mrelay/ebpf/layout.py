@@ -22,7 +22,11 @@ PASSED: Final = tuple(reasons.PASSED)
 PASSED_REASONS: Final = 8
 CARRIED: Final = PASSED_REASONS  # flow.state: this path sent its last frame on, at tc
 CARRIED_XDP: Final = CARRIED + 1  # the same by XDP
-WHY_NOT_XDP: Final = ("saw_none", "order", "outputs", "hop", "partial", "no_room", "rate")
+WHY_NOT_XDP: Final = ("saw_none", "order", "outputs", "hop", "partial", "no_room", "rate", "merged")
+BROADCASTS: Final = 32
+BROADCAST_HOP: Final = 0xFFFFFFFF
+MAX_COPIES: Final = 16
+SINGLE: Final = 16
 HELD_MARK: Final = 0x6D72656C
 VLAN_MARK: Final = 0x65726D02
 
@@ -37,8 +41,10 @@ FLOW: Final[Fields] = [
     ("tail", "<u8"), ("worker", "<u4"), ("slot", "<u4"), ("start", "<u4"), ("length", "<u4"),
     ("waited", "<u4"), ("state", "<u4"), ("given", "<u8"), ("seen", "<u8"), ("why", "<u4"),
     ("left", "<u4"), ("entered", "<u4"), ("unheard", "<u4"),
-    ("limit", "<u4"), ("reserved", "<u4"),
+    ("limit", "<u4"), ("single", "<u4"),
 ]  # fmt: skip
+PLACE: Final[Fields] = [("output", "<u4"), ("broadcast", "<u4")]
+BROADCAST: Final[Fields] = [("changes", "<u4"), ("ifindex", "<u4", MAX_COPIES)]
 OUTPUT: Final[Fields] = [
     ("address", "u1", 16), ("source", "u1", 16), ("port", ">u2"), ("source_port", ">u2"), ("hop", "<u4"),
     ("ttl", "u1"), ("dscp", "u1"), ("keep", "u1"), ("multicast", "u1"), ("reserved", "<u4"),
@@ -46,7 +52,7 @@ OUTPUT: Final[Fields] = [
 ]  # fmt: skip
 HOP: Final[Fields] = [
     ("flags", "<u4"), ("ifindex", "<u4"), ("mtu", "<u4"), ("mac", "u1", 6), ("own_mac", "u1", 6),
-    ("reserved", "u1", 8), ("source", "u1", 16),
+    ("source", "u1", 16), ("changes", "<u4"), ("reserved", "<u4"),
 ]  # fmt: skip
 COUNT: Final[Fields] = [("packets", "<u8"), ("bytes", "<u8"), ("limited", "<u8")]
 METER: Final[Fields] = [("cost", "<u8"), ("burst", "<u8"), ("due", "<u8")]
@@ -59,7 +65,11 @@ PROGRESS: Final[Fields] = [
 RANGE_KEY: Final[Fields] = [("prefixlen", "<u4"), ("ifindex", "<u4"), ("family", "<u4"), ("address", "u1", 16)]
 
 # The maps in the order in which their descriptors are passed to control and workers (messages.FastPath).
-MAPS: Final = ("flows4", "flows6", "route", "outputs", "hops", "counts", "passed", "limits", "progress", "ranges")
+DEVMAPS: Final = tuple(f"devmap{n}" for n in range(BROADCASTS))
+MAPS: Final = (
+    *("flows4", "flows6", "route", "outputs", "hops", "broadcasts", "counts", "passed", "limits", "progress"),
+    *("ranges", *DEVMAPS),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +99,13 @@ class Sizes:
             "route": self.workers * HALVES * self.routes,
             "outputs": self.workers * HALVES * self.outputs,
             "hops": HOPS,
+            "broadcasts": BROADCASTS,
             "counts": self.cpus * self.flows,
             "passed": self.cpus * PASSED_REASONS,
             "limits": self.workers * MAX_RULES,
             "progress": self.workers,
             "ranges": RANGES,
+            **dict.fromkeys(DEVMAPS, MAX_COPIES),
         }
 
     def first_slot(self, worker: int) -> int:
@@ -103,6 +115,11 @@ class Sizes:
     def first_limit(self, worker: int) -> int:
         """Rule slot 0 of a worker in `limits`."""
         return worker * MAX_RULES
+
+    def broadcasts(self, worker: int) -> range:
+        """A worker's share of them; none for some where there are more workers."""
+        share = max(1, BROADCASTS // self.workers)
+        return range(BROADCASTS)[worker * share : (worker + 1) * share]
 
     def first_route(self, worker: int, half: int) -> int:
         """Where a half of a worker's lists begins in `route`."""

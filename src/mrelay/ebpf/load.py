@@ -20,7 +20,8 @@ RELAY: Final = "relay"
 RING: Final = "ring"
 OLDEST: Final = (5, 19)  # the first to let control and workers, which have map descriptors only, call bpf(2)
 XDP: Final = "xdp"
-OBJECTS: Final = (RELAY, RING, XDP)
+COPY: Final = "copy"
+OBJECTS: Final = (RELAY, RING, XDP, COPY)
 
 
 def missing() -> str:
@@ -69,6 +70,13 @@ def load_xdp(maps: Mapping[str, int], sizes: Sizes) -> int:
         opened.set_constants(flows_per_processor=sizes.flows)
         _load(opened, maps)
         return opened.program_fd("relay_xdp")
+
+
+def load_copy(maps: Mapping[str, int]) -> int:
+    """The program for what XDP broadcasts, a part of the elements of each devmap."""
+    with open_object(COPY) as opened:
+        _load(opened, maps)
+        return opened.program_fd("copy_xdp")
 
 
 def load_rings(maps: Mapping[str, int], worker: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mrelay.counters_size import MAX_RULES
 from mrelay.ebpf import layout
-from mrelay.ebpf.layout import MAPS, PASSED_REASONS, Sizes
+from mrelay.ebpf.layout import DEVMAPS, MAPS, PASSED_REASONS, Sizes
 from mrelay.kernel.bpf import Map, map_memory
 from mrelay.messages import FastPath
 from mrelay.model.ruleset import FlowKey
@@ -25,6 +25,7 @@ _KEY4: Final = np.dtype(layout.FLOW4_KEY)
 _KEY6: Final = np.dtype(layout.FLOW6_KEY)
 _FLOW: Final = np.dtype(layout.FLOW)
 _RANGE: Final = np.dtype(layout.RANGE_KEY)
+_INDEX, _DEVMAP_VALUE = 4, 8  # bytes of an array's key; of struct bpf_devmap_val, linux/bpf.h
 _V4_START, _V6_START = struct.Struct(">II"), struct.Struct("16s16s")
 _INTERFACE: Final = struct.Struct("=I")
 _PORT, _VLAN = struct.Struct(">H"), struct.Struct("=H")
@@ -45,15 +46,16 @@ def flow_key(key: FlowKey) -> bytes:
 
 
 class Maps:
-    """All of them. `flows` by family; `route` u64 (an array's elements lie 8 bytes apart), `outputs` and `hops` of
-    their structs, `counts` u64 [processor, slot, (packets, bytes, limited)], `limits`
-    [worker, rule] of its struct, `passed` u64 [processor, reason], `progress`
-    u64 [worker, 16].
+    """All of them. `flows` by family; `route`, `outputs`, `hops` and `broadcasts` of their structs, `counts` u64
+    [processor, slot, (packets, bytes, limited)], `limits` [worker, rule] of its struct, `passed` u64 [processor,
+    reason], `progress` u64 [worker, 16]. `devmaps` has one for each broadcast, and `copier` is the descriptor of
+    their elements' program.
     """
 
     def __init__(self, fds: Sequence[int], sizes: Sizes) -> None:
         """Takes over the descriptors."""
-        by_name = dict(zip(MAPS, fds, strict=True))
+        *of_maps, self.copier = fds
+        by_name = dict(zip(MAPS, of_maps, strict=True))
         entries = sizes.entries()
         self.sizes = sizes
         self.flows = {
@@ -61,16 +63,20 @@ class Maps:
             6: Map(by_name["flows6"], _KEY6.itemsize, _FLOW.itemsize),
         }
         self.ranges = Map(by_name["ranges"], _RANGE.itemsize, 4)
+        self.devmaps = [Map(by_name[name], _INDEX, _DEVMAP_VALUE) for name in DEVMAPS]
 
         def memory(name: str, dtype: Any) -> NDArray[Any]:
             kind = np.dtype(dtype)
-            found = np.frombuffer(map_memory(by_name[name], entries[name] * kind.itemsize), kind, entries[name])
+            size = -(-kind.itemsize // 8) * 8  # an array's elements lie so far apart
+            memory = map_memory(by_name[name], entries[name] * size)
+            found: NDArray[Any] = np.ndarray(entries[name], kind, memory, strides=(size,))
             os.close(by_name[name])  # the mapping has its own
             return found
 
-        self.route: U64 = memory("route", np.uint64)
+        self.route = memory("route", layout.PLACE)
         self.outputs = memory("outputs", layout.OUTPUT)
         self.hops = memory("hops", layout.HOP)
+        self.broadcasts = memory("broadcasts", layout.BROADCAST)
         self.counts: U64 = memory("counts", (np.uint64, 3)).reshape(sizes.cpus, sizes.flows, 3)
         self.passed: U64 = memory("passed", np.uint64).reshape(sizes.cpus, PASSED_REASONS)
         self.limits = memory("limits", layout.LIMIT).reshape(sizes.workers, MAX_RULES)

@@ -38,6 +38,7 @@ class FastPath:
         self._folder = folder
         self._sizes = Sizes(0, 0, 0, 0, 0)
         self._filters: list[tuple[int, int]] = []
+        self._copier = -1
         self._tc = Attached(pins.LINK, libbpf.TcxLink, libbpf.attach_ingress)
         self._xdp = Attached(pins.XDP, libbpf.XdpLink, libbpf.attach_xdp)
 
@@ -65,6 +66,7 @@ class FastPath:
         self.maps = self.maps or load.create_maps(sizes)
         self._tc.program = load.load_relay(self.maps, sizes)
         self._tc.folder = self._xdp.folder = self._folder
+        self._copier = load.load_copy(self.maps)
         self._filters = [load.load_rings(self.maps, worker) for worker in range(sizes.workers)]
         self._pin_maps()
 
@@ -74,8 +76,8 @@ class FastPath:
         return Message(self.problem, pinned, sizes.workers, sizes.slots, sizes.routes, sizes.outputs, sizes.cpus)
 
     def fds(self) -> list[int]:
-        """The maps' descriptors, in order."""
-        return [self.maps[name] for name in MAPS] if self.maps else []
+        """The descriptors, in order."""
+        return [*(self.maps[name] for name in MAPS), self._copier] if self.maps else []
 
     def filter(self, worker: int, size: int) -> int:
         """The program for a worker's ring with slots of `size` bytes."""
@@ -181,7 +183,12 @@ class FastPath:
         self._forget()
 
     def _forget(self) -> None:
-        programs = self._tc.program, self._xdp.program, *(fd for pair in self._filters for fd in pair)
+        programs = (
+            self._tc.program,
+            self._xdp.program,
+            self._copier,
+            *(fd for pair in self._filters for fd in pair),
+        )
         for attached in (self._xdp, self._tc):
             attached.close()
         for fd in (*self.maps.values(), *programs):
@@ -189,4 +196,4 @@ class FastPath:
                 os.close(fd)
         if self.targets is not None:
             self.targets.close()
-        self.maps, self._filters, self.targets = {}, [], None
+        self.maps, self._filters, self._copier, self.targets = {}, [], -1, None

@@ -21,6 +21,7 @@ from mrelay.ebpf.carry import why_not
 from mrelay.ebpf.layout import CARRIED, CARRIED_XDP, DSCP_KEEP, PASSED, TAIL_UNKNOWN
 from mrelay.ebpf.maps import Maps, flow_key
 from mrelay.model.ruleset import FlowKey, Route
+from mrelay.worker.broadcast import Broadcasts
 from mrelay.worker.egress import Entry
 from mrelay.worker.limits import BURST, LEAST
 
@@ -51,6 +52,7 @@ class FastPath:
         self.installed: dict[int, Plan] = {}
         self._rates: dict[int, tuple[int, int]] = {}
         self._slots: Slots | None = None  # those of `installed`, when they were last asked for
+        self._broadcasts = Broadcasts(maps, worker)
         if counters.fresh:  # what an earlier relay's flows counted is not ours
             sums = self._counts.sum(axis=0, dtype=np.uint64).T
             counters.kernel[:, : maps.sizes.slots] = sums
@@ -68,6 +70,7 @@ class FastPath:
         )
         self._places: dict[tuple[int, ...], Place | None] = {}
         self._end = 0
+        self._broadcasts.forget()
         self._entries: dict[int, Entry] = {}  # written into this half, by index
         self._errors = np.zeros(sizes.outputs, np.uint64)  # of each, as far as they are booked
 
@@ -87,9 +90,9 @@ class FastPath:
             if entry.index not in self._entries:
                 self._write_output(entry)
         start, self._end = self._route_base + self._end, end
-        self._maps.route[start : start + len(indices)] = np.array(indices, np.uint64) + np.uint64(
-            self._output_base
-        )
+        places = self._maps.route[start : start + len(indices)]
+        places["output"], places["broadcast"] = np.array(indices) + self._output_base, 0
+        self._broadcasts.add(start, [entry.to.output for entry in entries])
         return start, len(indices)
 
     def _write_output(self, entry: Entry) -> None:
@@ -121,17 +124,18 @@ class FastPath:
 
     def _install(self, slot: int, key: FlowKey, place: Place, limit: int) -> None:
         flows, name = self._maps.flows[key.family], flow_key(key)
-        tail, state, stamp = TAIL_UNKNOWN, _NEW, 0
+        tail, state, stamp, single = TAIL_UNKNOWN, _NEW, 0, 0
         before = flows.lookup(name)
         if before is not None:
             old = _FLOW.unpack(before)
             if old[6] >= CARRIED:  # nothing of it is in the rings: it goes on without a detour through them
                 tail, state = old[0], old[6]
+                single = old[14]
             if old[6] == CARRIED_XDP:  # nor between XDP and tc
                 stamp = 1
-        values = tail, self._worker, self._first + slot, *place, 0, state, stamp, stamp, *(0, 0, 0, 0), limit, 0
+        first = tail, self._worker, self._first + slot, *place, 0, state, stamp, stamp
         try:
-            flows.update(name, _FLOW.pack(*values))
+            flows.update(name, _FLOW.pack(*first, 0, 0, 0, 0, limit, single))
         except OSError as error:
             log.warning("a flow can't be given to the fast path (%s): it stays on the slow path", error.strerror)
             return
@@ -199,6 +203,7 @@ class FastPath:
 
     def collect(self) -> Slots:
         """Add what the kernel counted since to the counters; the slots of the flows that it carried meanwhile."""
+        self._broadcasts.refresh()
         if self._slots is None:
             self._slots = np.fromiter(self.installed, np.intp, len(self.installed))
         return self._collect(self._slots)
