@@ -395,12 +395,12 @@ def _changes(setup: Setup, peer: Peer, case: Case) -> list[Outcome]:
 def _until_forwarded(bench: _Bench, number: int) -> float:
     """Milliseconds from the request that adds a flow to the first of its datagrams at the receiver."""
     bench.programs.forget()
-    flow = bench.relay.adding(number)
+    flow, add = bench.relay.adding(number)
     source = _xdp(bench.lab, bench.programs, [flow], burst=1)
     with source.offering(10_000, 1.5):
         time.sleep(0.2)
         start = time.monotonic_ns()
-        bench.relay.add(number)
+        add()
         time.sleep(0.5)
     if not bench.programs.first():
         raise RuntimeError(f"what was added is not forwarded: {bench.relay.words()}")

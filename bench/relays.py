@@ -15,9 +15,10 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import lab as labs
 import peers
@@ -85,9 +86,12 @@ class Relay:
 
     def shell(self, template: str) -> subprocess.CompletedProcess[str]:
         """Run one of the peer's shell commands in its namespace."""
-        line = ["sh", "-c", peers.render(template, self.variables)]
+        return self._run(peers.render(template, self.variables))
+
+    def _run(self, line: str) -> subprocess.CompletedProcess[str]:
+        command = ["sh", "-c", line]
         with labs.inside(self._lab.relay):  # `ip netns exec` takes long enough to be seen in what it starts
-            return subprocess.run(line, capture_output=True, text=True, check=False, timeout=_START_SECONDS)
+            return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_START_SECONDS)
 
     def words(self) -> str:
         """The end of what it said."""
@@ -103,17 +107,20 @@ class Relay:
             raise RuntimeError(f"{self.peer.name}: its counters: {done.stderr.strip()}")
         return {str(reason): int(count) for reason, count in json.loads(done.stdout)["drops"].items()}
 
-    def adding(self, number: int) -> Flow:
-        """The flow that `add` adds."""
-        flow: Flow = peers.adding(number)["new"]
-        return flow
+    def adding(self, number: int) -> tuple[Flow, Callable[[], None]]:
+        """A flow to add, and what has it forwarded, which returns when the relay has answered.
 
-    def add(self, number: int) -> None:
-        """Have it forward another flow as well; returns when it has answered."""
+        What is sent is made here, so that it takes none of the time that the relay is measured by.
+        """
         self.variables |= peers.adding(number)
-        if isinstance(self.peer.add, Request):
-            _post(self.peer.add, self.variables)
-        elif (done := self.shell(self.peer.add)).returncode:
+        flow: Flow = self.variables["new"]
+        if isinstance(add := self.peer.add, Request):
+            texts = (peers.render(text, self.variables) for text in (add.socket, add.path, add.body))
+            return flow, partial(_post, *texts)
+        return flow, partial(self._add, peers.render(add, self.variables))
+
+    def _add(self, line: str) -> None:
+        if (done := self._run(line)).returncode:
             raise RuntimeError(f"{self.peer.name}: add: {done.stderr.strip()}")
 
     def reload(self) -> None:
@@ -189,9 +196,8 @@ def _joined(lab: labs.Lab, case: Case) -> Iterator[None]:
         yield
 
 
-def _post(request: Request, variables: dict[str, Any]) -> None:
+def _post(where: str, path: str, body: str) -> None:
     """RuntimeError when the answer is no 2xx."""
-    path, body, where = (peers.render(text, variables) for text in (request.path, request.body, request.socket))
     connection = http.client.HTTPConnection("localhost", timeout=_START_SECONDS)
     connection.sock = socket.socket(socket.AF_UNIX)
     with contextlib.closing(connection):

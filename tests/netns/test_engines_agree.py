@@ -1,8 +1,8 @@
 """One corpus of rules and frames through all engines and a reference in plain Python: the same comes out.
 
-Hypothesis makes rules and frames. Relays, one an engine, get the same rules and frames, again and again, so that tc
-carries what it can from the second time on, and XDP, where it is asked for, from when it has come single often
-enough. What leaves is compared with what RuleSet and the strict parser say, the counters with each other.
+Hypothesis makes rules and frames. Relays, one an engine, get the same rules and frames, again and again, so that
+tc carries what it can from the second time on, and XDP, where it is asked for, what came single often enough. What
+leaves is compared with what RuleSet and the strict parser say, the counters with each other.
 """
 
 import itertools

@@ -276,7 +276,7 @@ def test_how_long_it_takes() -> None:
     """Under an hour, and quick under five minutes, with all peers there."""
     everybody = peers.load()
     full = plan.steps(Choice(), everybody, Setup(CORES))
-    assert sum(step.seconds for step in full) < 58 * 60
+    assert sum(step.seconds for step in full) < 59 * 60
     quick = replace(Setup(CORES), **run_bench.QUICK)
     steps = plan.steps(Choice(rounds=1, quick=True), everybody, quick)
     assert sum(step.seconds for step in steps) < 5 * 60

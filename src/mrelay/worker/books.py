@@ -64,19 +64,24 @@ class _Columns:
 
 
 class Books:
-    """Whose a flow's datagrams are. `beat` is called during long work."""
+    """Whose a flow's datagrams are. `beat` is called during long work.
+
+    `end`: slots from there on had no flow yet. The lowest are taken first, so that few flows take little time.
+    """
 
     def __init__(self, counters: Counters, beat: Callable[[], None]) -> None:
         self._counters, self._beat = counters, beat
         limit = counters.flows.shape[1]
         self._rules, self._links = _Columns(limit), _Columns(limit)
         self._followed = np.zeros(limit, np.bool_)
+        self.end = 0
 
     def follow(self, slot: int, route: Route) -> None:
         """From now on the slot's datagrams are the route's; those before must be booked."""
         self._rules.put(slot, route.rules)
         self._links.put(slot, tuple(chain.from_iterable(route.links)))
         self._followed[slot] = True
+        self.end = max(self.end, slot + 1)
 
     def leave(self, slot: int) -> None:
         """The slot is empty."""
@@ -90,9 +95,9 @@ class Books:
 
     def fold(self) -> None:
         """Bring all rules' and links' counters up to date."""
-        counters = self._counters
-        fresh = (counters.flows != counters.folded).any(axis=0)
-        slots = np.flatnonzero(fresh & self._followed)  # what a worker before us left is nobody's yet
+        counters, end = self._counters, self.end
+        fresh = (counters.flows[:, :end] != counters.folded[:, :end]).any(axis=0)
+        slots = np.flatnonzero(fresh & self._followed[:end])  # what a worker before us left is nobody's yet
         weights = np.cumsum(self._links.length[slots] + _FLOW) // _MOST
         for some in np.split(slots, np.flatnonzero(np.diff(weights)) + 1):
             self._beat()
