@@ -5,22 +5,38 @@
  * at once. */
 #include "driver.h"
 
-/* The place, among a route's outputs, of the one that leaves by this interface; MAX_COPIES if there is none. */
-ALWAYS_INLINE __u32 find(const struct broadcast *to, __u32 ifindex)
+/* The first place from `from` on, among a route's outputs, of one that leaves by this interface; MAX_COPIES if there
+ * is none. */
+ALWAYS_INLINE __u32 find(const struct broadcast *to, __u32 ifindex, __u32 from)
 {
     for (__u32 place = 0; place < MAX_COPIES; place++)
-        if (to->ifindex[place] == ifindex)
+        if (place >= from && to->ifindex[place] == ifindex)
             return place;
     return MAX_COPIES;
+}
+
+/* Of several outputs by one interface, from `first` on: the one whose turn it is. */
+ALWAYS_INLINE __u32 take_turn(const struct ticket *ticket, const struct broadcast *to, __u32 ifindex, __u32 first)
+{
+    __u32 index = ticket->number * MAX_COPIES + first;
+    struct turn *turn = bpf_map_lookup_elem(&turns, &index);
+    if (!turn)
+        return MAX_COPIES;
+    __u32 place = turn->stamp == ticket->stamp ? find(to, ifindex, turn->next) : first;
+    turn->stamp = ticket->stamp;
+    turn->next = place + 1;
+    return place;
 }
 
 /* NULL: the route has changed since the frame came. */
 ALWAYS_INLINE struct output *output_of(const struct ticket *ticket, __u32 ifindex)
 {
-    __u32 number = ticket->number, start = ticket->start;
+    __u32 number = ticket->number;
     struct broadcast *to = bpf_map_lookup_elem(&broadcasts, &number);
-    __u32 place = to ? find(to, ifindex) : MAX_COPIES;
-    return place < MAX_COPIES ? output_at(start + place) : 0;
+    __u32 place = to ? find(to, ifindex, 0) : MAX_COPIES;
+    if (to && to->repeats && place < MAX_COPIES)
+        place = take_turn(ticket, to, ifindex, place);
+    return place < MAX_COPIES ? output_at(ticket->start + place) : 0;
 }
 
 /* `frame.xdp` is set. The headers are those that `relay_xdp` looked at. */

@@ -6,6 +6,7 @@
 
 /* In the data before a frame that is broadcast: what each copy needs to know of its outputs. */
 struct ticket {
+    __u64 stamp;  /* of the frame: the one before on this processor had another */
     __u32 number; /* index into `broadcasts` */
     __u32 start;  /* as in struct flow */
 };

@@ -94,13 +94,14 @@ ALWAYS_INLINE struct count *count_of(const struct flow *flow)
     return bpf_map_lookup_elem(&counts, &index);
 }
 
-ALWAYS_INLINE void count_carried(const struct frame *frame, const struct flow *flow)
+/* Returns the flow's datagrams on this processor so far. */
+ALWAYS_INLINE __u64 count_carried(const struct frame *frame, const struct flow *flow)
 {
     struct count *count = count_of(flow);
     if (!count)
-        return;
-    count->packets += frame->datagrams;
+        return 0;
     count->bytes += frame->payload;
+    return count->packets += frame->datagrams;
 }
 
 #endif

@@ -65,7 +65,8 @@ struct place {
 
 struct broadcast {
     __u32 changes;             /* the devmap is good for hops that have not changed since */
-    __u32 ifindex[MAX_COPIES]; /* of a route's outputs, in order, all different; 0: no more */
+    __u32 repeats;             /* 1: some leave by one interface */
+    __u32 ifindex[MAX_COPIES]; /* of a route's outputs, in order; 0: no more */
 };
 
 /* ---- outputs: mmapped array, one concrete destination each, of the flow's own family (W; `errors`: F, atomically) ---- */
@@ -86,6 +87,15 @@ struct output {
 }; /* 64 bytes */
 
 #define DSCP_KEEP 0xff
+
+/* ---- turns: per-CPU array, [broadcast][place of the first output by an interface that has several] (F): up to which
+ * place they had their copies of the last frame. An interface sends the copies in order, though not always all of
+ * a frame at once ---- */
+
+struct turn {
+    __u64 stamp; /* of that frame */
+    __u64 next;  /* place */
+};
 
 /* ---- hops: mmapped array, one for each egress socket's number (C) ---- */
 
@@ -144,7 +154,7 @@ enum passed {
 enum why_not_xdp {
     XDP_SAW_NONE,
     XDP_ORDER,      /* tc carries it, or will, and frames of the flow may still be on their way there */
-    XDP_OUTPUTS,    /* two by one interface, more than MAX_COPIES, or no room in `broadcasts` */
+    XDP_OUTPUTS,    /* more than MAX_COPIES, or no room in `broadcasts` */
     XDP_HOP,        /* its output's interface takes none from XDP */
     XDP_PARTIAL,    /* the UDP checksum is for hardware to complete: the sender is on this host */
     XDP_NO_ROOM,    /* the driver has no room for a stamp */

@@ -77,11 +77,12 @@ ALWAYS_INLINE _Bool trim(const struct frame *frame)
     return len == wanted || !bpf_xdp_adjust_tail(frame->xdp, (int)(wanted - len));
 }
 
-ALWAYS_INLINE void note_carried(const struct frame *frame, struct flow *flow)
+/* Returns the flow's datagrams on this processor so far. */
+ALWAYS_INLINE __u64 note_carried(const struct frame *frame, struct flow *flow)
 {
-    count_carried(frame, flow);
     if (flow->state != CARRIED_XDP)
         flow->state = CARRIED_XDP;
+    return count_carried(frame, flow);
 }
 
 ALWAYS_INLINE int send(const struct frame *frame, struct flow *flow, struct output *output, const struct hop *hop)
@@ -105,11 +106,11 @@ ALWAYS_INLINE int send_copies(const struct frame *frame, struct flow *flow, __u3
     ticket = (void *)(long)frame->xdp->data_meta;
     if ((void *)(ticket + 1) > (void *)(long)frame->xdp->data)
         return XDP_DROP; /* can't be: there it is */
+    ticket->stamp = note_carried(frame, flow) << 24 | (flow->slot & 0xffffff);
     ticket->number = number;
     ticket->start = frame->start;
     if (!trim(frame))
         return XDP_DROP;
-    note_carried(frame, flow);
     switch (number) {
         EACH_BROADCAST(BROADCAST)
     }

@@ -28,8 +28,7 @@ _GSO_SIZE: Final = 176
 _SK_BUFF: Final = 192
 _DTYPES: Final[dict[str, Any]] = {
     "route": layout.PLACE, "outputs": layout.OUTPUT, "hops": layout.HOP, "counts": layout.COUNT, "passed": "<u8",
-    # elements of an array lie a multiple of 8 bytes apart
-    "broadcasts": [*layout.BROADCAST, ("pad", "<u4")],
+    "broadcasts": layout.BROADCAST,
     "limits": layout.LIMIT,
     "progress": layout.PROGRESS,
 }  # fmt: skip

@@ -64,13 +64,23 @@ def test_routes_by_the_same_interfaces_share_one(maps: Maps) -> None:
     assert devmap(maps, second) == row(maps, second) == [103, 102, 101]
 
 
+def test_several_by_one_interface(maps: Maps) -> None:
+    """The devmap has it as often, and the programs know."""
+    made = Broadcasts(maps, 0)
+    made.add(0, [1, 2, 1])
+    made.add(10, [1, 2])
+    numbers = at(maps, 0) - 1, at(maps, 10) - 1
+    assert devmap(maps, numbers[0]) == row(maps, numbers[0]) == [101, 102, 101]
+    assert maps.broadcasts["repeats"][list(numbers)].tolist() == [1, 0]
+
+
 def test_what_has_none(maps: Maps) -> None:
-    """One output; two by one interface; too many; an interface that takes no frames."""
+    """One output; too many; an interface that takes no frames."""
     made = Broadcasts(maps, 0)
     set_hop(maps, 9, HOP_READY)
-    for start, hops in enumerate(([1], [1, 2, 1], list(range(MAX_COPIES + 1)), [8, 9])):
+    for start, hops in enumerate(([1], list(range(MAX_COPIES + 1)), [8, 9])):
         made.add(start, hops)
-    assert maps.route["broadcast"][:4].tolist() == [0, 0, 0, BROADCAST_HOP]
+    assert maps.route["broadcast"][:3].tolist() == [0, 0, BROADCAST_HOP]
     made.add(4, list(range(MAX_COPIES - 8)) + list(range(10, 18)))
     assert len(devmap(maps, at(maps, 4) - 1)) == MAX_COPIES
 

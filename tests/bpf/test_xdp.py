@@ -175,7 +175,7 @@ def test_a_broadcast_has_a_ticket(xdp: FastPath, number: int) -> None:
     broadcast(xdp, number)
     padded = bytes_of(v4(b"short")).ljust(60, b"\0")
     verdict, left, _ = xdp.run_xdp(padded)
-    ticket = struct.pack("=II", number, 0)
+    ticket = struct.pack("=QII", 1 << 24 | 3, number, 0)
     assert (verdict, left) == (XDP_REDIRECT, ticket + padded[:47])
     assert xdp.counted(3) == (1, 5)
     assert xdp.flow(KEY4)["state"] == CARRIED_XDP

@@ -60,12 +60,32 @@ def test_each_output_has_its_own(star: Star, six: bool) -> None:
         relay.check_counters()
 
 
+def test_several_by_one_interface(star: Star) -> None:
+    """Each copy is another output's, also when the kernel sends some of a frame's copies before the others."""
+    outputs = [f"out{n % 3 % 2}:239.2.2.{n}:{6000 + n}" for n in range(16)]
+    with (
+        Relay(star.relay, XDP + rule("a", f"in0:{G4}:5000", *outputs)) as relay,
+        Sender(star.source) as sender,
+        piling_up(star),
+    ):
+        await_engine(relay, sender, G4, "xdp")
+        with Capture(star.sink, "k0") as one, Capture(star.sink, "k1") as two:
+            sent = payloads(20)
+            sender.send(G4, 5000, sent)
+            got = one.wait(20 * 11) + two.wait(20 * 5) + one.arrived() + two.arrived()
+        for n in range(16):
+            mine = [p for p in got if (p.destination, p.dport) == (f"239.2.2.{n}", 6000 + n)]
+            assert [packet.payload for packet in mine] == sent
+            assert all(packet.checksum_good for packet in mine)
+        assert len(got) == 20 * 16
+
+
 def test_what_tc_keeps(star: Star) -> None:
-    """Two outputs by one interface; one whose peer has no NAPI, and back."""
-    config = XDP + rule("twice", "in0:239.1.1.2:5000", *TWO, "out0:239.2.2.4:6002")
+    """More outputs than a broadcast has; one whose peer has no NAPI, and back."""
+    config = XDP + rule("many", "in0:239.1.1.2:5000", *(f"out0:239.2.2.{n}:6002" for n in range(17)))
     config += rule("two", f"in0:{G4}:5000", *TWO)
     with Relay(star.relay, config) as relay, Sender(star.source) as sender:
-        await_engine(relay, sender, "239.1.1.2", "ebpf", "two outputs by one interface")
+        await_engine(relay, sender, "239.1.1.2", "ebpf", "more outputs")
         await_engine(relay, sender, G4, "xdp")
         star.sink.run("ethtool", "-K", "k1", "gro", "off")
         await_engine(relay, sender, G4, "ebpf", "takes no frames")

@@ -34,7 +34,7 @@ NOT_XDP: dict[str, str] = dict(
         (
             "no XDP: it saw no frame yet",
             "no XDP: waiting until tc has sent what it holds",
-            "no XDP: two outputs by one interface, or more than it has room for",
+            "no XDP: more outputs, or lists of interfaces, than it has room for",
             "no XDP: the output's interface takes no frames from it",
             "no XDP: the sender, on this host, leaves checksums to hardware",
             "no XDP: the driver lets it put no data before a frame",

@@ -44,7 +44,7 @@ FLOW: Final[Fields] = [
     ("limit", "<u4"), ("single", "<u4"),
 ]  # fmt: skip
 PLACE: Final[Fields] = [("output", "<u4"), ("broadcast", "<u4")]
-BROADCAST: Final[Fields] = [("changes", "<u4"), ("ifindex", "<u4", MAX_COPIES)]
+BROADCAST: Final[Fields] = [("changes", "<u4"), ("repeats", "<u4"), ("ifindex", "<u4", MAX_COPIES)]
 OUTPUT: Final[Fields] = [
     ("address", "u1", 16), ("source", "u1", 16), ("port", ">u2"), ("source_port", ">u2"), ("hop", "<u4"),
     ("ttl", "u1"), ("dscp", "u1"), ("keep", "u1"), ("multicast", "u1"), ("reserved", "<u4"),
@@ -68,7 +68,7 @@ RANGE_KEY: Final[Fields] = [("prefixlen", "<u4"), ("ifindex", "<u4"), ("family",
 DEVMAPS: Final = tuple(f"devmap{n}" for n in range(BROADCASTS))
 MAPS: Final = (
     *("flows4", "flows6", "route", "outputs", "hops", "broadcasts", "counts", "passed", "limits", "progress"),
-    *("ranges", *DEVMAPS),
+    *("ranges", "turns", *DEVMAPS),
 )  # fmt: skip
 
 
@@ -105,6 +105,7 @@ class Sizes:
             "limits": self.workers * MAX_RULES,
             "progress": self.workers,
             "ranges": RANGES,
+            "turns": BROADCASTS * MAX_COPIES,
             **dict.fromkeys(DEVMAPS, MAX_COPIES),
         }
 

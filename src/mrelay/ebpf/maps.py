@@ -56,6 +56,7 @@ class Maps:
         """Takes over the descriptors."""
         *of_maps, self.copier = fds
         by_name = dict(zip(MAPS, of_maps, strict=True))
+        os.close(by_name["turns"])  # the programs' own
         entries = sizes.entries()
         self.sizes = sizes
         self.flows = {
@@ -67,9 +68,7 @@ class Maps:
 
         def memory(name: str, dtype: Any) -> NDArray[Any]:
             kind = np.dtype(dtype)
-            size = -(-kind.itemsize // 8) * 8  # an array's elements lie so far apart
-            memory = map_memory(by_name[name], entries[name] * size)
-            found: NDArray[Any] = np.ndarray(entries[name], kind, memory, strides=(size,))
+            found = np.frombuffer(map_memory(by_name[name], entries[name] * kind.itemsize), kind, entries[name])
             os.close(by_name[name])  # the mapping has its own
             return found
 

@@ -1,4 +1,4 @@
-"""Which routes of several outputs XDP may broadcast: by different interfaces, all of which take frames from it.
+"""Which routes of several outputs XDP may broadcast: by interfaces all of which take frames from it.
 
 Owns this worker's share of `broadcasts` and of the devmaps that belong to them (bpf/mrelay.h), and `broadcast` of
 `route`. Called by worker.fastpath; never blocks. Routes that leave by the same interfaces, in the same order,
@@ -86,8 +86,7 @@ class Broadcasts:
         value = BROADCAST_HOP
         if all(flags[hop] & HOP_XDP for hop in hops):
             interfaces = tuple(self._maps.hops["ifindex"][hops].tolist())
-            changes = int(self._maps.hops["changes"][hops].max())
-            value = self._number(interfaces, changes) + 1 if len(set(interfaces)) == len(hops) else 0
+            value = self._number(interfaces, int(self._maps.hops["changes"][hops].max())) + 1
         self._maps.route["broadcast"][start] = value
 
     def _number(self, interfaces: Interfaces, changes: int) -> int:
@@ -106,7 +105,8 @@ class Broadcasts:
             self._close(number, interfaces)
             return -1
         self._numbers[interfaces] = number
-        self._maps.broadcasts[number] = changes, interfaces + (0,) * (MAX_COPIES - len(interfaces))
+        repeats = len(set(interfaces)) < len(interfaces)
+        self._maps.broadcasts[number] = changes, repeats, interfaces + (0,) * (MAX_COPIES - len(interfaces))
         return number
 
     def _write(self, number: int, interfaces: Interfaces) -> None:
