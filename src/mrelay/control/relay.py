@@ -1,7 +1,7 @@
 """What the API can do: look at the rules, and change them.
 
-Owns the order of a change: checked, saved, in force, answered. Called by api and by main (reload). Nothing
-blocks: large requests are parsed in a thread.
+Owns the order of a change: checked, saved, in force, answered; but a rule that is added is saved while it is put
+in force. Called by api and by main (reload). Nothing blocks: large requests are parsed in a thread.
 """
 
 import asyncio
@@ -142,13 +142,22 @@ class Relay:
         return [_rule_view(rule, plans.get(rule.name), trouble) for rule in rules]
 
     async def add(self, table: Table) -> Table:
-        """Add a rule; as in /v1/rules. Raises ConfigError, Exists, OSError (not saved)."""
+        """Add a rule; as in /v1/rules. Raises ConfigError, Exists, OSError (not saved).
+
+        Its stream does not wait for the disk, the answer does.
+        """
         (rule,) = parse_rules([table], "")
         async with self._book.lock:
             if any(rule.name == other.name for other in self._book.rules):
                 raise Exists(rule.name)
-            await self._book.change(self._book.checked([*self._book.rules, rule]))
-        await self._reconciler.settled()
+            state = self._book.checked([*self._book.rules, rule])
+            in_force = asyncio.create_task(self._reconciler.settled())
+            try:  # adopts it before the task begins
+                await self._book.extend(state)
+            except OSError:
+                await self._reconciler.settled()  # without the rule
+                raise
+        await in_force
         return self.rule(rule.name)
 
     async def change(self, name: str, table: Table) -> Table:

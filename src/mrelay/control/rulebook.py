@@ -1,7 +1,7 @@
 """The running rules, and how they change: every change is checked, saved, then in force.
 
-Owns the State in memory. Called by main (start, reload) and relay (the API); read by reconcile and stats.
-Nothing blocks: the file is written in a thread.
+A rule that is added is in force while it is saved. Owns the State in memory. Called by main (start, reload) and
+relay (the API); read by reconcile and stats. Nothing blocks: the file is written in a thread.
 """
 
 import asyncio
@@ -106,6 +106,19 @@ class Rulebook:
         """Save and adopt what `checked` gave; OSError when it can't be saved, then nothing is changed."""
         await asyncio.to_thread(self._file.save, state)
         self.adopt(state)
+
+    async def extend(self, state: State) -> None:
+        """Adopt what `checked` gave, and save it meanwhile; OSError when it can't be saved, then it is as before.
+
+        For a state that has all of the rules that run: taking back what it adds harms none of them.
+        """
+        before = self._state
+        self.adopt(state)
+        try:
+            await asyncio.to_thread(self._file.save, state)
+        except OSError:
+            self.adopt(before)
+            raise
 
     def adopt(self, state: State) -> None:
         """Let it be in force, saved or not."""
