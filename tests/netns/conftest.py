@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from netns import fast, numbered
+from netns import driver, fast, numbered
 from netns.lab import Lab
 
 
@@ -41,6 +41,12 @@ def pins(folder: Path) -> Iterator[Path]:
         pytest.skip(f"needs a BPF file system: {done.stderr.strip()}")
     yield mounted
     subprocess.run(["umount", str(mounted)], check=True)
+
+
+@pytest.fixture
+def can_do_xdp() -> None:
+    """Skips by name of what lacks."""
+    driver.require()
 
 
 @pytest.fixture(scope="session")

@@ -15,20 +15,14 @@ import pytest
 from bpf_rig import FastPath
 from mrelay.kernel import libbpf
 from netns import frames
-from netns.driver import XDP, await_engine, engines, piling_up, require, xdp_star
+from netns.driver import XDP, await_engine, engines, piling_up, xdp_star
 from netns.lab import SOURCE, SOURCE_6, Lab, Star, command, eventually
 from netns.relay import Relay, rule
 from netns.traffic import Capture, Receiver, Sender, number, payloads, send_frames
 
-pytestmark = pytest.mark.netns
+pytestmark = [pytest.mark.netns, pytest.mark.usefixtures("can_do_xdp")]
 G4, G6 = "239.1.1.1", "ff3e::1"
 OUT4, OUT6 = "239.2.2.2", "ff3e::2"
-
-
-@pytest.fixture(autouse=True)
-def can_do_xdp() -> None:
-    """Skips by name of what lacks."""
-    require()
 
 
 @pytest.fixture

@@ -8,22 +8,16 @@ from pathlib import Path
 import pytest
 
 from netns import frames
-from netns.driver import XDP, await_engine, engines, piling_up, require, xdp_star
+from netns.driver import XDP, await_engine, engines, piling_up, xdp_star
 from netns.lab import SOURCE, SOURCE_6, Lab, Star, eventually
 from netns.relay import Relay, rule
 from netns.traffic import Capture, Receiver, Sender, payloads
 
-pytestmark = pytest.mark.netns
+pytestmark = [pytest.mark.netns, pytest.mark.usefixtures("can_do_xdp")]
 G4, G6 = "239.1.1.1", "ff3e::1"
 THREE4 = ("out0:239.2.2.2:6000", "out1:10.1.1.2:6001,ttl=9,dscp=46", "out2:*:*,source=keep")
 THREE6 = ("out0:[ff3e::2]:6000", "out1:[fd00:1:1::2]:6001,ttl=9,dscp=46", "out2:*:*")
 TWO = ("out0:239.2.2.2:6000", "out1:239.2.2.3:6001")
-
-
-@pytest.fixture(autouse=True)
-def can_do_xdp() -> None:
-    """Skips by name of what lacks."""
-    require()
 
 
 @pytest.fixture

@@ -57,13 +57,13 @@ class Broadcasts:
 
     def refresh(self) -> None:
         """Hops may have changed, and routes gone."""
+        changed = self._all is None or bool(self._resting)  # with room again, for routes that found none
         self._spare += self._resting
         self._resting = []
-        routes_changed = self._all is None
         if self._all is None:
             self._all = list(chain.from_iterable(self._hops.values()))
         now = self._maps.hops[_SEEN][self._all]
-        if routes_changed or not np.array_equal(now, self._seen):
+        if changed or not np.array_equal(now, self._seen):
             self._seen = now
             for start in self._hops:
                 self._assign(start)
@@ -101,7 +101,7 @@ class Broadcasts:
         try:
             self._write(number, interfaces)
         except OSError as error:
-            log.info("no broadcast to interfaces %s (%s): tc carries these", interfaces, error.strerror)
+            log.debug("no broadcast to interfaces %s (%s): tc carries these", interfaces, error.strerror)
             self._close(number, interfaces)
             return -1
         self._numbers[interfaces] = number
