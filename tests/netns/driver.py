@@ -5,6 +5,7 @@ peer has GRO on, which gives that its NAPI.
 """
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from mrelay.ebpf import load
 from mrelay.kernel import libbpf, netdev
 from netns.lab import Lab, Star, eventually
 from netns.relay import Relay
-from netns.traffic import Sender
+from netns.traffic import PROBE, Sender
 
 XDP: Final = '[relay]\nengine = "ebpf"\nxdp = true\n\n'
 
@@ -66,11 +67,18 @@ def engines(relay: Relay) -> dict[str, tuple[str, str]]:
 
 
 def await_engine(relay: Relay, sender: Sender, group: str, engine: str, why: str = "") -> None:
-    """Send to the group, a datagram at a time, until this engine carries the flow, for this reason."""
+    """Send to the group, a probe at a time, until this engine carries the flow, for this reason.
+
+    Each probe is counted by then, but its copies may still be on their way to receivers.
+    """
+    before, sent = relay.stats()["received"], itertools.count()
 
     def is_there() -> object:
-        sender.send(group, 5000, [b"hello"])
+        sender.send(group, 5000, [PROBE])
+        next(sent)
         found = engines(relay).get(group, ("", ""))
         return found if found[0] == engine and why in found[1] else None
 
     eventually(is_there, f"{group} is carried by {engine}, {why!r}")
+    wanted = before + next(sent)
+    relay.await_stats(lambda stats: stats["received"] >= wanted, f"received >= {wanted}")

@@ -25,6 +25,7 @@ TP_STATUS_VLAN_VALID: Final = 1 << 4
 SO_RCVBUFFORCE: Final = 33  # asm-generic/socket.h
 UDP_SEGMENT: Final = 103  # linux/udp.h
 IP_MTU_DISCOVER: Final = 10  # linux/in.h
+PROBE: Final = b"hello"  # sent until the relay is as a test wants it; receivers and captures pass over it
 BUFFER: Final = 256 << 20  # bytes: room for everything a test sends, so that only the relay can lose it
 
 
@@ -126,12 +127,13 @@ class Receiver(_Socket):
                 )
 
     def receive(self, count: int, seconds: float = 10.0) -> list[bytes]:
-        """The next `count` datagrams; AssertionError when fewer come in time."""
+        """The next `count` datagrams but probes; AssertionError when fewer come in time."""
         got: list[bytes] = []
         deadline = time.monotonic() + seconds
         while len(got) < count:
             _await(self.sock, deadline, f"{len(got)} of {count} datagrams came")
-            got.append(self.sock.recv(65536))
+            payload = self.sock.recv(65536)
+            got += [payload] if payload != PROBE else []
         return got
 
 
@@ -155,23 +157,22 @@ class Capture(_Socket):
         return data, vlan, bool(status & TP_STATUS_CSUMNOTREADY)
 
     def wait(self, count: int, seconds: float = 10.0) -> list[Packet]:
-        """The next `count` unfragmented UDP packets; other frames are passed over."""
+        """The next `count` unfragmented UDP packets; probes and other frames are passed over."""
         got: list[Packet] = []
         deadline = time.monotonic() + seconds
         while len(got) < count:
             data, vlan, partial = self.frame(deadline, f"{len(got)} of {count} packets came")
             packet = parse(data, vlan=vlan, partial=partial)
-            if packet is not None and packet.dport not in _NOISE:
-                got.append(packet)
+            got += [packet] if packet is not None and not _is_noise(packet) else []
         return got
 
     def arrived(self) -> list[Packet]:
-        """Every unfragmented UDP packet that has come by now."""
+        """Every unfragmented UDP packet but probes that has come by now."""
         got: list[Packet] = []
         while select.select([self.sock], [], [], 0)[0]:
             data, vlan, partial = self.frame(time.monotonic() + 1, "no frame came")
             packet = parse(data, vlan=vlan, partial=partial)
-            got += [packet] if packet is not None else []
+            got += [packet] if packet is not None and not _is_noise(packet) else []
         return got
 
     def until(self, payload: bytes, seconds: float = 10.0) -> list[Packet]:
@@ -183,6 +184,10 @@ class Capture(_Socket):
 
 
 _NOISE: Final = {5353, 5355, 1900}  # mDNS, LLMNR, SSDP of a busy host
+
+
+def _is_noise(packet: Packet) -> bool:
+    return packet.dport in _NOISE or packet.payload == PROBE
 
 
 def _await(sock: socket.socket, deadline: float, complaint: str) -> None:
