@@ -22,6 +22,7 @@ import scheduling
 SOURCE_ADDRESS: Final = "10.200.0.1"
 INGRESS_ADDRESS: Final = "10.200.0.2"
 HOSTS: Final = "10.201.0.0/16"  # unicast receivers, all behind d1
+BACKLOG: Final = Path("/proc/sys/net/core/netdev_max_backlog")  # frames
 _CLONE_NEWNET: Final = 0x40000000  # linux/sched.h
 _serial = itertools.count(1)
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -172,20 +173,27 @@ class Lab:
 
 
 @contextlib.contextmanager
-def room_for_sinks(cores: Cores, frames: int = 16_384) -> Iterator[None]:
-    """The queue to the sinks of each core (net.core.netdev_max_backlog, host-wide) is so long for the block.
+def long_backlog(frames: int = 16_384) -> Iterator[None]:
+    """The queue of each core to the sinks (net.core.netdev_max_backlog, host-wide) is so long for the block.
 
-    1,000, the default, is less than one poll of 64 frames makes for 16 outputs. And the thread that empties it
-    when softirqs are late gets a share as large as the relay's: else what it has sent is lost on a shared core.
+    1,000, the default, is less than one poll of 64 frames makes for 16 outputs, and 10 ms of 100,000 a second.
     """
-    setting = Path("/proc/sys/net/core/netdev_max_backlog")
-    before = setting.read_text()
-    setting.write_text(str(frames))
+    before = BACKLOG.read_text()
+    BACKLOG.write_text(str(frames))
     try:
-        with scheduling.softirqs_preferred({cores.relay, cores.sink}):
-            yield
+        yield
     finally:
-        setting.write_text(before)
+        BACKLOG.write_text(before)
+
+
+@contextlib.contextmanager
+def room_for_sinks(cores: Cores) -> Iterator[None]:
+    """A long queue to the sinks, and the thread that empties it when softirqs are late has its share.
+
+    That is as large as the relay's: else what it has sent is lost on a shared core.
+    """
+    with long_backlog(), scheduling.softirqs_preferred({cores.relay, cores.sink}):
+        yield
 
 
 def _napi_threads() -> dict[int, str]:

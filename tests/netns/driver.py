@@ -16,7 +16,7 @@ import pytest
 
 from mrelay.ebpf import load
 from mrelay.kernel import libbpf, netdev
-from netns.lab import Lab, Star, eventually
+from netns.lab import Lab, Namespace, Star, eventually
 from netns.relay import Relay
 from netns.traffic import PROBE, Sender
 
@@ -59,6 +59,11 @@ def piling_up(star: Star) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+def counted(namespace: Namespace, interface: str, name: str) -> int:
+    """One of an interface's statistics. A veth counts in `rx_packets` what its NAPI has taken, if it has one."""
+    return int(namespace.run("cat", f"/sys/class/net/{interface}/statistics/{name}"))
 
 
 def engines(relay: Relay) -> dict[str, tuple[str, str]]:

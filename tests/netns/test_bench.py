@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from lab import BACKLOG  # bench/lab.py
 from netns import fast
 from netns.lab import eventually
 
 pytestmark = [pytest.mark.netns, pytest.mark.alone]
 BENCH = Path(__file__).resolve().parents[2] / "bench" / "run_bench.py"
-BACKLOG = Path("/proc/sys/net/core/netdev_max_backlog")
 
 
 def start(out: Path, *arguments: str) -> subprocess.Popen[str]:

@@ -15,7 +15,7 @@ import pytest
 from bpf_rig import FastPath
 from mrelay.kernel import libbpf
 from netns import frames
-from netns.driver import XDP, await_engine, engines, piling_up, xdp_star
+from netns.driver import XDP, await_engine, counted, engines, piling_up, xdp_star
 from netns.lab import SOURCE, SOURCE_6, Lab, Star, command, eventually
 from netns.relay import Relay, rule
 from netns.traffic import Capture, Receiver, Sender, number, payloads, send_frames
@@ -76,7 +76,7 @@ def test_nothing_is_lost_at_the_hand_over(star: Star, outputs: int) -> None:
     Bursts pile up; each datagram is longer than the one before, so that the kernel holds it back, to merge it,
     while it goes on with others, and merges none.
     """
-    groups, each = [f"239.1.1.{n}" for n in range(1, 9)], 30  # a veth holds 256 frames
+    groups, each = [f"239.1.1.{n}" for n in range(1, 9)], 30  # a veth holds 256 frames: one burst
     bursts = itertools.count()
     config = XDP + rule("a", "in0:239.1.1.0/24:5000", *("out0:*:*", "out1:*:6000", "out0:*:6001")[:outputs])
     with (
@@ -88,15 +88,18 @@ def test_nothing_is_lost_at_the_hand_over(star: Star, outputs: int) -> None:
     ):
 
         def all_by_xdp() -> bool:
-            start = next(bursts) * each
+            start, taken = next(bursts) * each, counted(star.relay, "in0", "rx_packets")
             for group in groups:
                 sent = (payloads(1, 100 + n % 1200, first=n)[0] for n in range(start, start + each))
                 sender.send(group, 5000, sent)
+            wanted = taken + each * len(groups)
+            eventually(lambda: counted(star.relay, "in0", "rx_packets") >= wanted, "in0 has taken the burst")
             return {engine for engine, _ in engines(relay).values()} == {"xdp"}
 
         eventually(all_by_xdp, "all flows are XDP's", 20)
         all_by_xdp()
         count = next(bursts) * each
+        assert counted(star.source, "s0", "tx_dropped") == 0, "lost on its way to the relay"
         got = first.wait(count * len(groups) * (2 if outputs == 3 else 1), 30)
         got += second.wait(count * len(groups), 30) if outputs > 1 else []
         relay.await_received(count * len(groups))
