@@ -31,7 +31,8 @@ LOADS: Final = (100_000, 250_000, 500_000, 1_000_000, 2_000_000, 3_000_000)  # o
 COST_RATE: Final = 100_000  # out
 SPACING_RATES: Final = (100_000, 500_000)
 CHANGE_RATE: Final = 100_000
-TURNS: Final = 3  # of load for each relay in a step
+TURNS: Final = 8  # of overload for each relay in a step: short, so that turns to be compared are close together
+COSTED: Final = 2  # of them are followed by a look at what forwarding costs
 LONGEST_CHANGE: Final = 60.0  # seconds
 ADDED: Final = 5  # rules, each to an own flow
 LEARN_RATE: Final = 12_000  # new flows a second: below mrelay's limit on misses
@@ -180,19 +181,26 @@ def _loads(setup: Setup, peers: Sequence[Peer], section: Section, case: Case) ->
 
 
 def _take_turns(setup: Setup, section: Section, entrants: Sequence[_Entrant]) -> None:
-    """A peer that has a problem takes no part any more."""
-    brief = replace(setup, warm=setup.warm / TURNS, seconds=setup.seconds / TURNS)
-    for _ in range(TURNS):
-        for one in entrants:
+    """To and fro. A peer that has a problem takes no part any more."""
+    for number in range(TURNS):
+        for one in reversed(entrants) if number % 2 else entrants:
             if not one.found.problem:
                 with one.found.noting():
-                    one.found.outcomes.append(Outcome(0, _overload(brief, one.bench) | _cost(brief, one.bench)))
+                    one.found.outcomes.append(Outcome(0, _turn(setup, one.bench, number)))
     for one in entrants:
         if not one.found.problem:
             with one.found.noting():
                 one.bench.programs.drained()
                 lost = _Stages.of(one.bench).since(one.before)
                 one.found.outcomes[-1].figures |= lost | _once(setup, section, one.bench, one.found)
+
+
+def _turn(setup: Setup, bench: _Bench, number: int) -> Figures:
+    """All turns together last as long as the set-up says, all looks at the cost half as long."""
+    figures = _overload(replace(setup, warm=setup.warm / TURNS, seconds=setup.seconds / TURNS), bench)
+    if number % (TURNS // COSTED) == 0:
+        figures |= _cost(replace(setup, seconds=setup.seconds / 2 / COSTED), bench)
+    return figures
 
 
 def _once(setup: Setup, section: Section, bench: _Bench, found: Finding) -> Figures:

@@ -83,8 +83,9 @@ def _seconds(setup: measure.Setup, section: Section, case: Case) -> float:
         return measure.ADDED * 1.7 + 11
     load = (
         setup.warm
-        + 2 * setup.seconds
-        + 1.0 * measure.TURNS
+        + 1.5 * setup.seconds
+        + 0.25 * measure.TURNS
+        + 1.0 * measure.COSTED
         + 1.0
         + 2.2 * case.flows / measure.LEARN_RATE
         + case.rules / 1000

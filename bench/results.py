@@ -84,6 +84,27 @@ class Results:
         values = [value for value in found if not math.isnan(value)]
         return Middle(median(values), min(values), max(values)) if values else None
 
+    def ratio(
+        self, section: str, case: Case, ours: str, theirs: str, name: str = "out", rate: int = 0
+    ) -> float | None:
+        """Median of a figure's ratios, turn by turn: what slows the machine down for a while is on both sides.
+
+        None when no turn has the figure of both.
+        """
+        a, b = (self._by_round(section, case, peer, name, rate) for peer in (ours, theirs))
+        pairs = [pair for number in a for pair in zip(a[number], b.get(number, ()), strict=False)]
+        ratios = [one / other for one, other in pairs if other]
+        return median(ratios) if ratios else None
+
+    def _by_round(self, section: str, case: Case, peer: str, name: str, rate: int) -> dict[int, list[float]]:
+        """A figure of each turn that has it."""
+        found: dict[int, list[float]] = {}
+        for sample in self.of(section, case, peer, rate):
+            value = sample.figures.get(name, math.nan)
+            if not math.isnan(value):
+                found.setdefault(sample.round, []).append(value)
+        return found
+
     def title(self, peer: str) -> str:
         """For tables and plots."""
         return str(self.peers[peer]["title"])

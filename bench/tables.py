@@ -125,8 +125,8 @@ def _ratios(results: Results, section: Section, cases: Sequence[Case], names: It
 
 
 def _ratio(results: Results, section: str, case: Case, ours: str, theirs: str) -> str:
-    a, b = (results.figure(section, case, name, "out") for name in (ours, theirs))
-    return f"{a.median / b.median:.2f}" if a and b and b.median else "–"
+    ratio = results.ratio(section, case, ours, theirs)
+    return "–" if ratio is None else f"{ratio:.2f}"
 
 
 _DELAYS: Final = ("p50", "p90", "p99", "p99.9", "max")

@@ -76,7 +76,7 @@ TARGETS: Final = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target and the ratio found, of medians."""
+    """A target and the ratio found."""
 
     target: Target
     ratio: float
@@ -89,9 +89,5 @@ class Verdict:
 
 def verdicts(results: Results) -> list[Verdict]:
     """Of all targets of which both sides were measured."""
-    found = []
-    for t in TARGETS:
-        ours, theirs = (results.figure(t.section, t.case, name, t.figure, t.rate) for name in (t.ours, t.theirs))
-        if ours and theirs and theirs.median:
-            found.append(Verdict(t, ours.median / theirs.median))
-    return found
+    ratios = [(t, results.ratio(t.section, t.case, t.ours, t.theirs, t.figure, t.rate)) for t in TARGETS]
+    return [Verdict(target, ratio) for target, ratio in ratios if ratio is not None]

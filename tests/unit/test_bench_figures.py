@@ -205,7 +205,7 @@ def relay_named(name: str) -> Any:
 
 
 def test_relays_take_turns_under_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that fails takes no further part; the others do, and what takes no turns is with the last."""
+    """To and fro. One that fails takes no part any more; the others do; what takes no turns is with the last."""
     turns: list[str] = []
 
     def overload(_: Setup, bench: Any) -> dict[str, float]:
@@ -224,11 +224,11 @@ def test_relays_take_turns_under_load(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {name: measure.Finding() for name in names}
     entrants: list[Any] = [measure._Entrant(found[name], relay_named(name), stages.of(None)) for name in names]
     measure._take_turns(Setup(CORES), SECTIONS[0], entrants)
-    assert turns == ["one", "bad", "two", "one", "bad", "two", "one", "two"]
-    assert [len(each.outcomes) for each in found.values()] == [3, 1, 3]
+    assert turns == ["one", "bad", "two", "two", "bad", "one", *["one", "two", "two", "one"] * 3]
+    assert [len(each.outcomes) for each in found.values()] == [measure.TURNS, 1, measure.TURNS]
     assert [each.problem for each in found.values()] == ["", "it ended", ""]
     assert [sorted(each.figures) for each in found["two"].outcomes] == [
-        ["cpu", "out"], ["cpu", "out"], ["cpu", "lost", "out", "pss"]
+        ["cpu", "out"], *[["out"]] * 3, ["cpu", "out"], *[["out"]] * 2, ["lost", "out", "pss"]
     ]  # fmt: skip
 
 
@@ -276,7 +276,7 @@ def test_how_long_it_takes() -> None:
     """Under an hour, and quick under five minutes, with all peers there."""
     everybody = peers.load()
     full = plan.steps(Choice(), everybody, Setup(CORES))
-    assert sum(step.seconds for step in full) < 59 * 60
+    assert sum(step.seconds for step in full) < 60 * 60
     quick = replace(Setup(CORES), **run_bench.QUICK)
     steps = plan.steps(Choice(rounds=1, quick=True), everybody, quick)
     assert sum(step.seconds for step in steps) < 5 * 60
