@@ -82,9 +82,8 @@ def _seconds(setup: measure.Setup, section: Section, case: Case) -> float:
     if section.measure == "changes":
         return measure.ADDED * 1.7 + 11
     load = (
-        setup.warm
+        (setup.warm * measure.WARM + 0.25) * measure.TURNS
         + 1.5 * setup.seconds
-        + 0.25 * measure.TURNS
         + 1.0 * measure.COSTED
         + 1.0
         + 2.2 * case.flows / measure.LEARN_RATE

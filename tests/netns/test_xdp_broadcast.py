@@ -74,6 +74,25 @@ def test_several_by_one_interface(star: Star) -> None:
         assert len(got) == 20 * 16
 
 
+def test_who_receives_copies_can_merge_them(star: Star) -> None:
+    """The ticket that they came with is off: the kernel merges no frames whose data before them differ."""
+    star.sink.run("ethtool", "-K", "k0", "rx-udp-gro-forwarding", "on")
+    with (
+        Relay(star.relay, XDP + rule("a", f"in0:{G4}:5000", *TWO)) as relay,
+        Sender(star.source) as sender,
+        piling_up(star),
+    ):
+        await_engine(relay, sender, G4, "xdp")
+
+        def merged() -> bool:
+            with Capture(star.sink, "k0") as wire:
+                sender.send(G4, 5000, payloads(30, 1000))
+                return any(len(packet.payload) > 1000 for packet in [*wire.wait(1), *wire.arrived()])
+
+        eventually(merged, "copies arrive merged")
+        assert engines(relay)[G4] == ("xdp", "")
+
+
 def test_what_tc_keeps(star: Star) -> None:
     """More outputs than a broadcast has; one whose peer has no NAPI, and back."""
     config = XDP + rule("many", "in0:239.1.1.2:5000", *(f"out0:239.2.2.{n}:6002" for n in range(17)))
