@@ -32,7 +32,7 @@ COST_RATE: Final = 100_000  # out
 SPACING_RATES: Final = (100_000, 500_000)
 CHANGE_RATE: Final = 100_000
 TURNS: Final = 4  # of overload for each relay in a step: short, so that turns to be compared are close together
-WARM: Final = 0.5  # share of the set-up's: kernel routing begins a third faster than it goes on after 0.4 s
+WARM: Final = 0.5  # seconds of each turn before: kernel routing begins a quarter faster than it goes on
 COSTED: Final = 2  # of them are followed by a look at what forwarding costs
 LONGEST_CHANGE: Final = 60.0  # seconds
 ADDED: Final = 5  # rules, each to an own flow
@@ -198,7 +198,7 @@ def _take_turns(setup: Setup, section: Section, entrants: Sequence[_Entrant]) ->
 
 def _turn(setup: Setup, bench: _Bench, number: int) -> Figures:
     """All turns together are measured as long as the set-up says, all looks at the cost half as long."""
-    figures = _overload(replace(setup, warm=setup.warm * WARM, seconds=setup.seconds / TURNS), bench)
+    figures = _overload(replace(setup, warm=WARM, seconds=setup.seconds / TURNS), bench)
     if number % (TURNS // COSTED) == 0:
         figures |= _cost(replace(setup, seconds=setup.seconds / 2 / COSTED), bench)
     return figures

@@ -82,7 +82,7 @@ def _seconds(setup: measure.Setup, section: Section, case: Case) -> float:
     if section.measure == "changes":
         return measure.ADDED * 1.7 + 11
     load = (
-        (setup.warm * measure.WARM + 0.25) * measure.TURNS
+        (measure.WARM + 0.25) * measure.TURNS
         + 1.5 * setup.seconds
         + 1.0 * measure.COSTED
         + 1.0

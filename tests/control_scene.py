@@ -15,6 +15,13 @@ from mrelay.control.main import Control
 from mrelay.control.state import NAME
 from mrelay.messages import Held, Reload, Resource, Setup, Stop, parts
 
+# Interfaces that every host has, and one that none has.
+RULE_A = {"name": "a", "from": "lo:239.1.1.1:5000", "to": ["lo:239.2.2.2:6000"]}
+RULE_B = {"name": "b", "from": "lo:239.1.1.2:5000-5001,vlan=7", "to": ["lo:*:*,ttl=8", "eth9:*:*"]}
+CONFIG_A = '[[rule]]\nname = "a"\nfrom = "lo:239.1.1.1:5000"\nto = ["lo:239.2.2.2:6000"]\n'
+STATES = {"link_local": False, "allow_loop": False, "rate": None, "health": None, "state": "up"}
+VIEW_A = {**RULE_A, **STATES, "outputs": [{"to": "lo:239.2.2.2:6000", "state": "up"}]}
+
 
 class Answer(NamedTuple):
     status: int

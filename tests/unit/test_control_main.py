@@ -1,36 +1,26 @@
 """The whole control process but its privileges: from Setup to Stop, its API on a real Unix socket."""
 
 import asyncio
-import errno
 import logging
 import os
 import re
 import subprocess
 import sys
-import threading
 import time
 import urllib.parse
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from control_scene import Scene, relay
+from control_scene import CONFIG_A, RULE_A, RULE_B, VIEW_A, Scene, relay
 from fake_roles import run, until
 from mrelay import logs
 from mrelay.control import page
-from mrelay.control.state import NAME, State, StateFile
+from mrelay.control.state import NAME
 from mrelay.counters import RATE_LIMITED, RULE_DROP_ROW
-from mrelay.messages import JoinGroup, OpenIngress, Reload, WorkerDown
+from mrelay.messages import OpenIngress, Reload, WorkerDown
 from mrelay.model.ruleset import FlowKey
 from mrelay.worker.flows import key_words
-
-# Interfaces that every host has, and one that none has.
-RULE_A = {"name": "a", "from": "lo:239.1.1.1:5000", "to": ["lo:239.2.2.2:6000"]}
-RULE_B = {"name": "b", "from": "lo:239.1.1.2:5000-5001,vlan=7", "to": ["lo:*:*,ttl=8", "eth9:*:*"]}
-CONFIG_A = '[[rule]]\nname = "a"\nfrom = "lo:239.1.1.1:5000"\nto = ["lo:239.2.2.2:6000"]\n'
-STATES = {"link_local": False, "allow_loop": False, "rate": None, "health": None, "state": "up"}
-VIEW_A = {**RULE_A, **STATES, "outputs": [{"to": "lo:239.2.2.2:6000", "state": "up"}]}
 
 
 def test_it_starts_in_order(tmp_path: Path) -> None:
@@ -185,83 +175,6 @@ def test_bodies_that_are_no_json(tmp_path: Path, data: bytes) -> None:
             status, body = await asyncio.to_thread(it.api.ask, "POST", "/v1/rules", data)
             assert status in (400, 422)
             assert body["errors"]
-
-    run(work)
-
-
-def test_a_change_that_cannot_be_saved_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not for a moment: what runs would stop for a change that is then refused."""
-
-    async def work() -> None:
-        async with relay(tmp_path, CONFIG_A) as it:
-            seen: list[object] = []
-
-            def full(*_: object) -> None:
-                seen.append(it.api.ask("GET", "/v1/rules", None).body)
-                raise OSError(errno.ENOSPC, "No space left on device")
-
-            monkeypatch.setattr(StateFile, "save", full)
-            commits = it.fake.said("commit")
-            for method, path, what in (
-                ("PUT", "/v1/rules/a", RULE_A | {"to": ["lo:239.2.2.3:6000"]}),
-                ("PUT", "/v1/rules", {"rules": [RULE_B]}),
-                ("DELETE", "/v1/rules/a", None),
-            ):
-                status, body = await it.api(method, path, what)
-                assert status == 507
-                assert "No space left" in body["errors"][0]["problem"]
-            assert seen == [{"rules": [VIEW_A]}] * 3
-            assert (await it.api("GET", "/v1/rules")).body == {"rules": [VIEW_A]}
-            assert it.fake.said("commit") == commits
-
-    run(work)
-
-
-def slow_disk(monkeypatch: pytest.MonkeyPatch, error: OSError | None = None) -> Callable[[], None]:
-    """StateFile.save waits until what is returned is called; then it fails if there is an error."""
-    save, go_on = StateFile.save, threading.Event()
-
-    def wait_and_save(file: StateFile, state: State) -> None:
-        assert go_on.wait(20)
-        if error is not None:
-            raise error
-        save(file, state)
-
-    monkeypatch.setattr(StateFile, "save", wait_and_save)
-    return go_on.set
-
-
-def test_a_rule_that_is_added_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is in force, its group joined, while it is saved; answered when it is on disk."""
-
-    async def work() -> None:
-        async with relay(tmp_path) as it:
-            go_on = slow_disk(monkeypatch)
-            adding = asyncio.create_task(it.api("POST", "/v1/rules", RULE_A))
-            await until(lambda: any(isinstance(what, JoinGroup) for what in it.fake.held))
-            assert len(it.fake.workers[0].rules) == 1
-            assert it.saved()["rules"] == []
-            assert not adding.done()
-            go_on()
-            assert (await adding).status == 201
-            assert it.saved()["rules"] == [RULE_A]
-
-    run(work)
-
-
-def test_a_rule_that_was_added_and_cannot_be_saved_is_taken_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def work() -> None:
-        async with relay(tmp_path, CONFIG_A) as it:
-            held, worker = set(it.fake.held), it.fake.workers[0]
-            go_on = slow_disk(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
-            adding = asyncio.create_task(it.api("POST", "/v1/rules", RULE_B))
-            await until(lambda: len(worker.rules) == 2)
-            go_on()
-            assert (await adding).status == 507
-            assert (len(worker.rules), it.fake.held) == (1, held)
-            assert await it.names() == ["a"] == [rule["name"] for rule in it.saved()["rules"]]
 
     run(work)
 
