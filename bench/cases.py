@@ -24,10 +24,12 @@ class Case:
 
     merge: UDP GRO may be on at ingress; if not, GRO is off. df: senders set Don't Fragment.
     segment: egress has segmentation offload.
+    busy: so many of the flows, the first, have traffic while it is measured, the others had before; 0: all.
     rules: as many, of which one sees traffic. hosts: so many unicast hosts behind one output instead of a group.
     """
 
     flows: int = 1
+    busy: int = 0
     outputs: int = 1
     payload: int = 1000
     merge: bool = True
@@ -41,6 +43,7 @@ class Case:
     def __str__(self) -> str:
         to = _count(self.hosts, "unicast host") if self.hosts else _count(self.outputs, "output")
         special = {
+            f"{self.busy:,} of them busy": self.busy > 0,
             "GRO off": not self.merge,
             "senders without DF": not self.df,
             "no segmentation offload": not self.segment,
@@ -63,7 +66,7 @@ class Case:
         return self.hosts or self.outputs
 
     def traffic(self) -> list[Flow]:
-        """What the source sends, in turn."""
+        """All flows: what the source sends, in turn, unless only some are busy."""
         first = int(ipaddress.IPv4Address("239.1.1.1" if self.flows == 1 else "239.1.0.1"))
         groups = (str(ipaddress.IPv4Address(first + n)) for n in range(self.flows))
         return [Flow(labs.SOURCE_ADDRESS, group, PORT) for group in groups]
@@ -77,6 +80,7 @@ def _count(n: int, what: str) -> str:
 class Section:
     """A part of the report. `x`: the Case's field that a plot has along its axis; `share` of the rounds it gets.
 
+    together: its cases are compared with each other, so they stand side by side, too, and take turns.
     search: with one output, also find the highest rate without loss. curve: and what comes out at several loads.
     quick: the cases of a quick run.
     """
@@ -87,6 +91,7 @@ class Section:
     measure: Measure = "load"
     x: str = "outputs"
     share: float = 1.0
+    together: bool = False
     search: bool = False
     curve: bool = False
     quick: tuple[Case, ...] = ()
@@ -114,7 +119,15 @@ SECTIONS: Final = (
         (*(Case(payload=n) for n in (64, 256, 1400)), Case(payload=8900, sender="udp")), x="payload", share=0.3,
     ),
     Section("no-offload", "No segmentation offload at egress", _outputs(1, 4, segment=False), share=0.5),
-    Section("rules", "By rules", tuple(Case(rules=n) for n in (1, 100, 1000, 10_000)), x="rules", share=0.5),
+    Section(
+        "rules", "By rules", tuple(Case(rules=n) for n in (1, 100, 1000, 10_000)), x="rules", share=0.5,
+        together=True,
+    ),
+    Section(
+        "established", "By established flows, one of them busy, GRO off",
+        tuple(Case(flows=n, busy=1, merge=False) for n in (1, 100, 1000, 10_000)), x="flows", share=0.3,
+        together=True,
+    ),
     Section(
         "flows", "By flows", tuple(Case(flows=n, payload=200) for n in (1, 100, 1000, 10_000, 100_000)), x="flows",
         share=0.3,

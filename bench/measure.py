@@ -35,12 +35,24 @@ TURNS: Final = 4  # of overload for each relay in a step: short, so that turns t
 WARM: Final = 0.5  # seconds of each turn before: kernel routing begins a quarter faster than it goes on
 COSTED: Final = 2  # of them are followed by a look at what forwarding costs
 LONGEST_CHANGE: Final = 60.0  # seconds
+LONGEST_WAIT: Final = 5.0  # seconds from the answer to a request until what it asked for is forwarded
 ADDED: Final = 5  # rules, each to an own flow
 LEARN_RATE: Final = 12_000  # new flows a second: below mrelay's limit on misses
 MOST_LESSONS: Final = 5
 SHARES: Final = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999, "max": 1.0}
 CURVE: Final = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 1.0)
 Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Who, in what case."""
+
+    peer: Peer
+    case: Case
+
+    def __str__(self) -> str:
+        return f"{self.case}, {self.peer.name}"
 
 
 @dataclass(frozen=True)
@@ -67,8 +79,9 @@ class Outcome:
 
 @dataclass
 class Finding:
-    """What one step found of a peer, until there was a problem."""
+    """What one step found of an entry, until there was a problem."""
 
+    entry: Entry
     outcomes: list[Outcome] = field(default_factory=list)
     problem: str = ""
 
@@ -81,16 +94,16 @@ class Finding:
             self.problem = str(error)
 
 
-def measure(setup: Setup, peers: Sequence[Peer], section: Section, case: Case) -> dict[str, Finding]:
-    """One step, by peers' names."""
+def measure(setup: Setup, section: Section, entries: Sequence[Entry]) -> list[Finding]:
+    """One step; in order of the entries."""
     os.sched_setaffinity(0, {setup.cores.source})
     if section.measure == "load":
-        return _loads(setup, peers, section, case)
+        return _loads(setup, section, entries)
     alone = {"latency": _latency, "spacing": _spacing, "changes": _changes}[section.measure]
-    findings = {peer.name: Finding() for peer in peers}
-    for peer in peers:
-        with findings[peer.name].noting():
-            findings[peer.name].outcomes += alone(setup, peer, case)
+    findings = [Finding(entry) for entry in entries]
+    for found in findings:
+        with found.noting():
+            found.outcomes += alone(setup, found.entry)
     return findings
 
 
@@ -123,7 +136,8 @@ class _Bench:
 
 
 @contextlib.contextmanager
-def _bench(setup: Setup, peer: Peer, case: Case, *, burst: int = 64, threads: bool = True) -> Iterator[_Bench]:
+def _bench(setup: Setup, entry: Entry, *, burst: int = 64, threads: bool = True) -> Iterator[_Bench]:
+    peer, case = entry.peer, entry.case
     mtu = 1500 if case.payload <= 1472 else 9000
     with (
         labs.Lab(case.outputs, mtu=mtu, segment=case.segment) as lab,
@@ -166,17 +180,17 @@ class _Entrant:
     before: "_Stages"
 
 
-def _loads(setup: Setup, peers: Sequence[Peer], section: Section, case: Case) -> dict[str, Finding]:
+def _loads(setup: Setup, section: Section, entries: Sequence[Entry]) -> list[Finding]:
     """All relays stand side by side and take turns, so that what slows the machine down for seconds slows all."""
-    findings = {peer.name: Finding() for peer in peers}
+    findings = [Finding(entry) for entry in entries]
     entrants: list[_Entrant] = []
     with contextlib.ExitStack() as stack:
-        for peer in peers:
-            with findings[peer.name].noting():
-                stack.enter_context(findings[peer.name].noting())  # its end may fail, too, and is its own
-                bench = stack.enter_context(_bench(setup, peer, case))
+        for found in findings:
+            with found.noting():
+                stack.enter_context(found.noting())  # its end may fail, too, and is its own
+                bench = stack.enter_context(_bench(setup, found.entry))
                 _learn(bench)
-                entrants.append(_Entrant(findings[peer.name], bench, _Stages.of(bench)))
+                entrants.append(_Entrant(found, bench, _Stages.of(bench)))
         _take_turns(setup, section, entrants)
     return findings
 
@@ -216,14 +230,16 @@ def _once(setup: Setup, section: Section, bench: _Bench, found: Finding) -> Figu
 
 
 def _learn(bench: _Bench) -> None:
-    """Each flow is seen, at a rate at which new ones are taken, until all come out.
+    """Each flow is seen twice, at a rate at which new ones are taken, until all come out. Then only the busy ones.
 
     A relay that still learns under load would be measured at that.
     """
-    seconds = max(0.5, 1.1 * bench.case.flows / LEARN_RATE)
+    seconds = max(0.5, 2.2 * bench.case.flows / LEARN_RATE)
     for _ in range(MOST_LESSONS):
         if bench.lost(LEARN_RATE, seconds) == 0:
-            return
+            break
+    if busy := bench.case.busy:
+        bench.source = _xdp(bench.lab, bench.programs, bench.case.traffic()[:busy], burst=64)
 
 
 def _overload(setup: Setup, bench: _Bench) -> Figures:
@@ -336,9 +352,9 @@ def _links(namespace: str) -> dict[str, Any]:
 # ---- latency and spacing ---------------------------------------------------------------------------
 
 
-def _latency(setup: Setup, peer: Peer, case: Case) -> list[Outcome]:
+def _latency(setup: Setup, entry: Entry) -> list[Outcome]:
     """Evenly spaced datagrams. No threads for NAPI: frames are handled where the interrupt would be."""
-    with _bench(setup, peer, case, burst=1, threads=False) as bench:
+    with _bench(setup, entry, burst=1, threads=False) as bench:
         return [_timed(setup, bench, rate) for rate in LATENCY_RATES]
 
 
@@ -359,10 +375,10 @@ def _timed(setup: Setup, bench: _Bench, rate: int) -> Outcome:
     return Outcome(rate, {**figures, "sent": sent, "lost": sent * bench.case.copies - came}, curve)
 
 
-def _spacing(setup: Setup, peer: Peer, case: Case) -> list[Outcome]:
+def _spacing(setup: Setup, entry: Entry) -> list[Outcome]:
     """The same as the receiver sees it: gaps between datagrams that were sent evenly, one at a time."""
     found = []
-    with _bench(setup, peer, case, burst=1) as bench:
+    with _bench(setup, entry, burst=1) as bench:
         for rate in SPACING_RATES:
             _timed(setup, bench, rate)
             gaps = [gap / 1000 for gap in quantiles(bench.programs.gaps, list(SHARES.values()))]
@@ -378,39 +394,39 @@ def _spacing(setup: Setup, peer: Peer, case: Case) -> list[Outcome]:
 # ---- changes ---------------------------------------------------------------------------------------
 
 
-def _changes(setup: Setup, peer: Peer, case: Case) -> list[Outcome]:
-    """Time until an added rule forwards; datagrams lost across reload and restart.
+def _changes(setup: Setup, entry: Entry) -> list[Outcome]:
+    """Time until added rules forward; datagrams lost across reload, restart and kills.
 
     No threads for NAPI: on the relay's core they would have to share it with what starts there.
     """
-    with _bench(setup, peer, case, threads=False) as bench:
+    with _bench(setup, entry, threads=False) as bench:
         figures: Figures = {}
-        if peer.add:
-            delays = sorted(_until_forwarded(bench, number) for number in range(1, ADDED + 1))
+        if entry.peer.add:
+            asked = (bench.relay.adding(number) for number in range(1, ADDED + 1))
+            delays = sorted(_until_forwarded(bench, *each) for each in asked)
             figures |= {"add": delays[ADDED // 2], "add_worst": delays[-1]}
-        bench.source = _source(bench.lab, bench.programs, case)
+        bench.source = _source(bench.lab, bench.programs, entry.case)
         bench.lost(CHANGE_RATE, setup.warm)
         figures["lost_steady"] = _lost_across(bench, 3.0, lambda: None)
         figures["lost_reload"] = _lost_across(bench, 3.0, bench.relay.reload)
-
-        def restart() -> None:
-            bench.relay.stop(gently=True)
-            bench.relay.start()
-
-        figures["lost_restart"] = _lost_across(bench, 8.0, restart)
+        figures["lost_restart"] = _lost_across(bench, 8.0, bench.relay.restart)
+        figures["lost_killed"] = _lost_across(bench, 8.0, bench.relay.killed)
+        if entry.peer.put:
+            figures["put"] = _until_forwarded(bench, *bench.relay.putting(ADDED + 1))
     return [Outcome(0, figures)]
 
 
-def _until_forwarded(bench: _Bench, number: int) -> float:
+def _until_forwarded(bench: _Bench, flow: Flow, ask: Callable[[], None]) -> float:
     """Milliseconds from the request that adds a flow to the first of its datagrams at the receiver."""
     bench.programs.forget()
-    flow, add = bench.relay.adding(number)
     source = _xdp(bench.lab, bench.programs, [flow], burst=1)
-    with source.offering(10_000, 1.5):
+    with source.offering(10_000, LONGEST_CHANGE):
         time.sleep(0.2)
         start = time.monotonic_ns()
-        add()
-        time.sleep(0.5)
+        ask()
+        end = time.monotonic() + LONGEST_WAIT
+        while not bench.programs.first() and time.monotonic() < end:
+            time.sleep(0.01)
     if not bench.programs.first():
         raise RuntimeError(f"what was added is not forwarded: {bench.relay.words()}")
     return (bench.programs.first() - start) / 1e6

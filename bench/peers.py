@@ -29,9 +29,10 @@ class PeersError(ValueError):
 
 
 class Request(BaseModel):
-    """A POST over HTTP on a Unix socket."""
+    """Over HTTP on a Unix socket."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    method: Literal["POST", "PUT"] = "POST"
     socket: str
     path: str
     body: str
@@ -52,6 +53,7 @@ class Peer(BaseModel):
     reload: str = ""
     halt: str = ""
     add: str | Request = ""
+    put: Request | None = None
     drops: str = ""
     merges: Literal["itself", "bench", "no"] = "no"
     df: bool = True
@@ -113,7 +115,7 @@ class Peer(BaseModel):
             "halt": self.halt,
         }
         texts |= {"version": self.version, **{f"files.{name}": text for name, text in self.files.items()}}
-        for at, text in (texts | self._adding()).items():
+        for at, text in (texts | _texts("add", self.add) | _texts("put", self.put)).items():
             try:
                 render(text, variables)
             except TemplateError as error:
@@ -121,10 +123,12 @@ class Peer(BaseModel):
                     f"{self.name}: {at}: {error}; variables: {', '.join(sorted(variables))}"
                 ) from error
 
-    def _adding(self) -> dict[str, str]:
-        if isinstance(self.add, str):
-            return {"add": self.add}
-        return {f"add.{name}": text for name, text in self.add.model_dump().items()}
+
+def _texts(at: str, ask: str | Request | None) -> dict[str, str]:
+    """Its templates, by where they stand."""
+    if isinstance(ask, Request):
+        return {f"{at}.{name}": text for name, text in ask.model_dump().items()}
+    return {at: ask or ""}
 
 
 def render(template: str, variables: Mapping[str, Any]) -> str:
@@ -147,6 +151,7 @@ def context(peer: Peer, case: Case, directory: Path, workers: Sequence[int]) -> 
         "out_port": OUT_PORT,
         "hosts": [f"10.201.{n // 250}.{n % 250 + 1}" for n in range(case.hosts)],
         "rules": case.rules,
+        "busy": case.busy,
         "merge": case.merge,
         "workers": list(workers),
         "directory": directory,

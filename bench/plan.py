@@ -11,24 +11,30 @@ from typing import Final
 
 import measure
 from cases import LATENCY_RATES, SECTIONS, Case, Section
+from measure import Entry
 from peers import Peer
 
-START: Final = 0.8  # seconds that a step takes beside its load: namespaces, start, stop, namespaces
-START_OURS: Final = 2.0  # mrelay is more than one process
+START: Final = 0.4  # seconds that a step takes beside its load: namespaces, start, stop, namespaces
+START_OURS: Final = 1.2  # mrelay is more than one process
 
 
 @dataclass(frozen=True)
 class Step:
-    """Peers in one case in one round: under load all, else one. `seconds`: as far as one can tell before."""
+    """Who is measured in what in one round: under load all that is compared, else one.
+
+    seconds: as far as one can tell before.
+    """
 
     round: int
     section: Section
-    case: Case
-    peers: tuple[Peer, ...]
+    entries: tuple[Entry, ...]
     seconds: float
 
     def __str__(self) -> str:
-        return f"{self.section.title}: {self.case}: {' '.join(peer.name for peer in self.peers)}"
+        first, *more = dict.fromkeys(entry.case for entry in self.entries)
+        peers = dict.fromkeys(entry.peer.name for entry in self.entries)
+        cases = f"{1 + len(more)} cases side by side" if more else str(first)
+        return f"{self.section.title}: {cases}: {' '.join(peers)}"
 
 
 @dataclass(frozen=True)
@@ -52,15 +58,22 @@ def _round(choice: Choice, number: int, peers: Sequence[Peer], setup: measure.Se
             continue
         if number > max(1, ceil(choice.rounds * section.share)):
             continue
-        for case in section.quick if choice.quick and choice.sections is None else section.cases:
-            able = [peer for peer in peers if peer.can(section, case) and _asked(choice, peer)]
-            if case.workers > 1 and setup.cores.second is None:
-                continue
+        cases = section.quick if choice.quick and choice.sections is None else section.cases
+        for some in [cases] if section.together else [(case,) for case in cases]:
+            able = [entry for case in some for entry in _able(choice, peers, setup, section, case)]
             first = number % len(able) if able else 0
             able = able[first:] + able[:first]
-            for some in [able] if section.measure == "load" and able else [[peer] for peer in able]:
-                seconds = sum(_start(peer) + _seconds(setup, section, case) for peer in some)
-                yield Step(number, section, case, tuple(some), seconds)
+            for entries in [able] if section.measure == "load" and able else [[entry] for entry in able]:
+                seconds = sum(_start(entry.peer) + _seconds(setup, section, entry.case) for entry in entries)
+                yield Step(number, section, tuple(entries), seconds)
+
+
+def _able(
+    choice: Choice, peers: Sequence[Peer], setup: measure.Setup, section: Section, case: Case
+) -> list[Entry]:
+    if case.workers > 1 and setup.cores.second is None:
+        return []
+    return [Entry(peer, case) for peer in peers if peer.can(section, case) and _asked(choice, peer)]
 
 
 def _asked(choice: Choice, peer: Peer) -> bool:
@@ -80,17 +93,17 @@ def _seconds(setup: measure.Setup, section: Section, case: Case) -> float:
     if section.measure == "spacing":
         return len(measure.SPACING_RATES) * (setup.warm + setup.seconds + 0.7)
     if section.measure == "changes":
-        return measure.ADDED * 1.7 + 11
+        return measure.ADDED * 0.8 + 30
     load = (
         (measure.WARM + 0.25) * measure.TURNS
         + 1.5 * setup.seconds
         + 1.0 * measure.COSTED
         + 1.0
-        + 2.2 * case.flows / measure.LEARN_RATE
+        + 3.3 * case.flows / measure.LEARN_RATE
         + case.rules / 1000
     )
     if section.search and case.outputs == 1:
-        load += 1.5 * (setup.steps + 1) * (setup.trial + 0.4)
+        load += 1.2 * (setup.steps + 1) * (setup.trial + 0.4)
     if section.curve and setup.curve and case.outputs == 1:
         load += len(measure.LOADS) * (setup.trial / 2 + 0.5)
     return load + 0.02 * case.outputs

@@ -29,6 +29,7 @@ from traffic import Flow
 
 _START_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 10.0
+_RECOVERY: Final = 2.0  # seconds in which a relay may start a process of its own again
 _POLL: Final = 0.03
 _MEMBERSHIPS: Final = 20  # net.ipv4.igmp_max_memberships
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -42,8 +43,8 @@ class Relay:
 
     def __init__(self, peer: Peer, lab: labs.Lab, case: Case, cores: labs.Cores, directory: Path) -> None:
         self.peer, self.directory, self._lab, self._case = peer, directory, lab, case
-        self._cores = [cores.relay, cores.second][: case.workers]
-        self.variables = peers.context(peer, case, directory, [core for core in self._cores if core is not None])
+        self._cores = [core for core in (cores.relay, cores.second)[: case.workers] if core is not None]
+        self.variables = peers.context(peer, case, directory, self._cores)
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -52,13 +53,23 @@ class Relay:
         (self.directory / "state").chmod(0o777)
         for name, text in self.peer.files.items():
             (self.directory / name).write_text(peers.render(text, self.variables))
-        cores = ",".join(map(str, self._cores))
-        line = ["ip", "netns", "exec", self._lab.relay, "taskset", "-c", cores]
-        self.process = self._popen([*line, *self.peer.command_line(self.variables)])
+        line = ["ip", "netns", "exec", self._lab.relay, *self.peer.command_line(self.variables)]
+        with self._on_its_cores():
+            self.process = self._popen(line)
         if self.peer.merges == "bench":
             self._lab.gro_forwarding()
         self._await_ready()
         scheduling.prefer(self.pids())
+
+    @contextlib.contextmanager
+    def _on_its_cores(self) -> Iterator[None]:
+        """What is started in the block is there: on the load's core it would not run before the load ends."""
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, self._cores)
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, before)
 
     def _popen(self, line: list[str]) -> subprocess.Popen[bytes]:
         def prepare() -> None:
@@ -90,7 +101,10 @@ class Relay:
 
     def _run(self, line: str) -> subprocess.CompletedProcess[str]:
         command = ["sh", "-c", line]
-        with labs.inside(self._lab.relay):  # `ip netns exec` takes long enough to be seen in what it starts
+        with (
+            self._on_its_cores(),
+            labs.inside(self._lab.relay),
+        ):  # `ip netns exec` takes long enough to be seen in what it starts
             return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_START_SECONDS)
 
     def words(self) -> str:
@@ -115,9 +129,19 @@ class Relay:
         self.variables |= peers.adding(number)
         flow: Flow = self.variables["new"]
         if isinstance(add := self.peer.add, Request):
-            texts = (peers.render(text, self.variables) for text in (add.socket, add.path, add.body))
-            return flow, partial(_post, *texts)
+            return flow, self._asking(add)
         return flow, partial(self._add, peers.render(add, self.variables))
+
+    def putting(self, number: int) -> tuple[Flow, Callable[[], None]]:
+        """The same for PUT: with thousands of rules, in the place of all there are."""
+        if self.peer.put is None:
+            raise RuntimeError(f"{self.peer.name} cannot be given thousands of rules at once")
+        self.variables |= peers.adding(number)
+        return self.variables["new"], self._asking(self.peer.put)
+
+    def _asking(self, request: Request) -> Callable[[], None]:
+        texts = (peers.render(text, self.variables) for text in (request.socket, request.path, request.body))
+        return partial(_ask, request.method, *texts)
 
     def _add(self, line: str) -> None:
         if (done := self._run(line)).returncode:
@@ -127,6 +151,22 @@ class Relay:
         """Have it read its configuration again."""
         if (done := self.shell(self.peer.reload)).returncode:
             raise RuntimeError(f"{self.peer.name}: reload: {done.stderr.strip()}")
+
+    def restart(self) -> None:
+        """In order."""
+        self.stop(gently=True)
+        self.start()
+
+    def killed(self) -> None:
+        """Each process of it ends by SIGKILL, one at a time; the first is the last, and is started again."""
+        process, pids = self.process, self.pids()
+        if process is None:
+            return
+        for pid in reversed(pids):
+            os.kill(pid, signal.SIGKILL)
+            time.sleep(_RECOVERY)
+        process.wait()
+        self.start()
 
     def pids(self) -> list[int]:
         """It and all its descendants."""
@@ -196,17 +236,17 @@ def _joined(lab: labs.Lab, case: Case) -> Iterator[None]:
         yield
 
 
-def _post(where: str, path: str, body: str) -> None:
+def _ask(method: str, where: str, path: str, body: str) -> None:
     """RuntimeError when the answer is no 2xx."""
     connection = http.client.HTTPConnection("localhost", timeout=_START_SECONDS)
     connection.sock = socket.socket(socket.AF_UNIX)
     with contextlib.closing(connection):
         connection.sock.connect(where)
-        connection.request("POST", path, body, {"Content-Type": "application/json"})
+        connection.request(method, path, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         text = response.read().decode()
     if response.status // 100 != 2:
-        raise RuntimeError(f"POST {path}: {response.status} {text}")
+        raise RuntimeError(f"{method} {path}: {response.status} {text}")
 
 
 def _family(pid: int) -> list[int]:

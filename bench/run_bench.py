@@ -128,7 +128,7 @@ def _prepare(
 
 
 def _taking_part(plan: Sequence[Step], everybody: Sequence[Peer]) -> list[Peer]:
-    names = {peer.name for step in plan for peer in step.peers}
+    names = {entry.peer.name for step in plan for entry in step.entries}
     return [peer for peer in everybody if peer.name in names]
 
 
@@ -179,15 +179,16 @@ def _run(plan: Sequence[Step], setup: measure.Setup, results: Results, console: 
 def _one(step: Step, setup: measure.Setup, results: Results, clock: Clock) -> None:
     began = time.monotonic()
     try:
-        findings = measure.measure(setup, step.peers, step.section, step.case)
+        findings = measure.measure(setup, step.section, step.entries)
     except (OSError, RuntimeError) as error:
         results.problems.append(f"{step}, round {step.round}: {error}")
-        findings = {}
-    for name, found in findings.items():
-        about = (step.section.name, step.case, name, step.round)
+        findings = []
+    for found in findings:
+        entry = found.entry
+        about = (step.section.name, entry.case, entry.peer.name, step.round)
         results.samples += [Sample(*about, one.rate, one.figures, one.curve) for one in found.outcomes]
         if found.problem:
-            results.problems.append(f"{step.case}, {name}, round {step.round}: {found.problem}")
+            results.problems.append(f"{entry}, round {step.round}: {found.problem}")
     clock.step(step.seconds, time.monotonic() - began)
 
 

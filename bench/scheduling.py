@@ -33,8 +33,11 @@ class _SchedAttr(ctypes.Structure):
 
 @contextlib.contextmanager
 def real_time(priority: int) -> Iterator[None]:
-    """This thread runs before all others: the load is the outside world's, other work must not change it."""
-    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+    """This thread runs before all others: the load is the outside world's, other work must not change it.
+
+    What it starts, a relay for instance, is as usual.
+    """
+    os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(priority))
     try:
         yield
     finally:

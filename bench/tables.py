@@ -163,21 +163,15 @@ def _spacing(results: Results, section: Section) -> list[Table]:
 
 
 def _changes(results: Results, section: Section) -> list[Table]:
-    heads = (
-        "",
-        "rule added to first datagram, ms",
-        "worst",
-        "lost while nothing changes",
-        "by a reload",
-        "by a restart",
-    )
+    heads = ("", "rule added to first datagram, ms", "worst", "10,000 rules put, ms", "lost while nothing changes",
+             "by a reload", "by a restart", "by SIGKILL of each process")  # fmt: skip
     case = results.cases(section.name)[0]
     rows = []
     for name in results.names(section.name):
-        found = [results.figure(section.name, case, name, figure) for figure in ("add", "add_worst")]
-        changes = ("lost_steady", "lost_reload", "lost_restart")
+        times = [results.figure(section.name, case, name, figure) for figure in ("add", "add_worst", "put")]
+        changes = ("lost_steady", "lost_reload", "lost_restart", "lost_killed")
         lost = [results.figure(section.name, case, name, figure) for figure in changes]
-        rows.append((name, *(middle(f, micro) for f in found), *(middle(f, nano) for f in lost)))
+        rows.append((name, *(middle(f, micro) for f in times), *(middle(f, nano) for f in lost)))
     return [Table("Changes while 100,000 datagrams a second pass", heads, tuple(rows))]
 
 

@@ -200,6 +200,11 @@ def test_spent() -> None:
 # ---- turns -----------------------------------------------------------------------------------------
 
 
+def entry(name: str) -> measure.Entry:
+    peer: Any = SimpleNamespace(name=name)
+    return measure.Entry(peer, Case())
+
+
 def relay_named(name: str) -> Any:
     return SimpleNamespace(name=name, programs=SimpleNamespace(drained=lambda: None))
 
@@ -221,7 +226,7 @@ def test_relays_take_turns_under_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "_once", lambda *_: {"pss": 7.0})
     monkeypatch.setattr(measure, "_Stages", stages)
     names = ("one", "bad", "two")
-    found = {name: measure.Finding() for name in names}
+    found = {name: measure.Finding(entry(name)) for name in names}
     entrants: list[Any] = [measure._Entrant(found[name], relay_named(name), stages.of(None)) for name in names]
     measure._take_turns(Setup(CORES), SECTIONS[0], entrants)
     assert turns == ["one", "bad", "two", "two", "bad", "one", "one", "two", "two", "one"]
@@ -237,10 +242,10 @@ def test_one_that_does_not_stop_in_order_is_noted_as_that(monkeypatch: pytest.Mo
     stopped = []
 
     @contextlib.contextmanager
-    def bench(_: Setup, peer: Any, __: Case) -> Iterator[Any]:
-        yield relay_named(peer.name)
-        stopped.append(peer.name)
-        if peer.name == "bad":
+    def bench(_: Setup, entry: Any) -> Iterator[Any]:
+        yield relay_named(entry.peer.name)
+        stopped.append(entry.peer.name)
+        if entry.peer.name == "bad":
             raise RuntimeError("it does not end")
 
     stages = SimpleNamespace(of=lambda _: SimpleNamespace(since=lambda _: {}))
@@ -249,10 +254,10 @@ def test_one_that_does_not_stop_in_order_is_noted_as_that(monkeypatch: pytest.Mo
         ("_overload", lambda *_: {"out": 1.0}), ("_cost", lambda *_: {}),
     ):  # fmt: skip
         monkeypatch.setattr(measure, name, what)
-    some: list[Any] = [SimpleNamespace(name=name) for name in ("one", "bad", "two")]
-    found = measure._loads(Setup(CORES), some, SECTIONS[0], Case())
-    assert [each.problem for each in found.values()] == ["", "it does not end", ""]
-    assert [len(each.outcomes) for each in found.values()] == [measure.TURNS] * 3
+    some = [entry(name) for name in ("one", "bad", "two")]
+    found = measure._loads(Setup(CORES), SECTIONS[0], some)
+    assert [each.problem for each in found] == ["", "it does not end", ""]
+    assert [len(each.outcomes) for each in found] == [measure.TURNS] * 3
     assert sorted(stopped) == ["bad", "one", "two"]
 
 
@@ -264,12 +269,21 @@ def test_peers_take_turns_and_begin_in_turn() -> None:
     setup = Setup(CORES)
     steps = plan.steps(Choice(sections=["fan-out"], rounds=2), everybody, setup)
     first = [
-        [peer.name for step in steps if step.round == n and step.case == Case() for peer in step.peers]
+        [each.peer.name for step in steps if step.round == n for each in step.entries if each.case == Case()]
         for n in (1, 2)
     ]
     assert sorted(first[0]) == sorted(first[1])
     assert first[0] != first[1]
-    assert {step.case.outputs for step in steps} == {1, 4, 8, 16, 64}
+    assert {each.case.outputs for step in steps for each in step.entries} == {1, 4, 8, 16, 64}
+    assert all(len({each.case for each in step.entries}) == 1 for step in steps)
+
+
+def test_cases_that_are_compared_take_turns_too() -> None:
+    (step,) = plan.steps(
+        Choice(sections=["established"], peers=["mrelay-tc"], rounds=1), peers.load(), Setup(CORES)
+    )
+    assert sorted(each.case.flows for each in step.entries) == [1, 100, 1000, 10_000]
+    assert "4 cases side by side: mrelay-tc" in str(step)
 
 
 def test_how_long_it_takes() -> None:
