@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lab import BACKLOG  # bench/lab.py
+import scheduling  # bench/, for all of these
+from lab import BACKLOG
 from measure import COSTED
 from netns import fast
 from netns.lab import eventually
@@ -70,3 +71,13 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
     assert found["samples"]
     assert not found["complete"]
     assert "interrupted" in said
+
+
+def test_what_is_started_under_load_runs_as_usual() -> None:
+    """A relay that is restarted while the load's thread comes before all others is not one of these."""
+    with scheduling.real_time(1):
+        assert os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK == os.SCHED_FIFO
+        line = [sys.executable, "-c", "import os; print(os.sched_getscheduler(0))"]
+        done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=20)
+    assert int(done.stdout) == os.SCHED_OTHER
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
