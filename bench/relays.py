@@ -101,10 +101,8 @@ class Relay:
 
     def _run(self, line: str) -> subprocess.CompletedProcess[str]:
         command = ["sh", "-c", line]
-        with (
-            self._on_its_cores(),
-            labs.inside(self._lab.relay),
-        ):  # `ip netns exec` takes long enough to be seen in what it starts
+        # `ip netns exec` takes long enough to be seen in what it starts.
+        with self._on_its_cores(), labs.inside(self._lab.relay):
             return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_START_SECONDS)
 
     def words(self) -> str:
@@ -163,7 +161,8 @@ class Relay:
         if process is None:
             return
         for pid in reversed(pids):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it ended with another
+                os.kill(pid, signal.SIGKILL)
             time.sleep(_RECOVERY)
         process.wait()
         self.start()

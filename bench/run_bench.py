@@ -155,6 +155,7 @@ def _run(plan: Sequence[Step], setup: measure.Setup, results: Results, console: 
     clock = Clock(sum(step.seconds for step in plan))
     start = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
+    number = 0
     columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(20), TextColumn("{task.description}"))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -171,7 +172,7 @@ def _run(plan: Sequence[Step], setup: measure.Setup, results: Results, console: 
                 results.save(out / "result.json")
         results.complete = True
     except KeyboardInterrupt:
-        results.problems.append(f"interrupted after {len(results.samples)} of about {len(plan)} measurements")
+        results.problems.append(f"interrupted in step {number + 1} of {len(plan)}")
     finally:
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
 

@@ -74,7 +74,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_what_is_started_under_load_runs_as_usual() -> None:
-    """A relay that is restarted while the load's thread comes before all others is not one of these."""
+    """The load's thread comes before all others; a relay that it starts again must not."""
     with scheduling.real_time(1):
         assert os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK == os.SCHED_FIFO
         line = [sys.executable, "-c", "import os; print(os.sched_getscheduler(0))"]
