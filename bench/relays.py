@@ -151,7 +151,7 @@ class Relay:
             raise RuntimeError(f"{self.peer.name}: reload: {done.stderr.strip()}")
 
     def restart(self) -> None:
-        """In order."""
+        """Stop it as whoever operates it would, and start it."""
         self.stop(gently=True)
         self.start()
 
