@@ -78,8 +78,9 @@ def _count(n: int, what: str) -> str:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report. `x`: the Case's field that a plot has along its axis; `share` of the rounds it gets.
+    """A part of the report. `x`: the Case's field that a plot has along its axis.
 
+    share: of the rounds that it gets; above 1 where relays are so close that more turns are needed to tell.
     together: its cases are compared with each other, so they stand side by side, too, and take turns.
     search: with one output, also find the highest rate without loss. curve: and what comes out at several loads.
     quick: the cases of a quick run.
@@ -106,7 +107,10 @@ SECTIONS: Final = (
         "fan-out", "One flow, by fan-out", _outputs(1, 4, 8, 16, 64), search=True, curve=True,
         quick=_outputs(1, 4, 16),
     ),
-    Section("no-df", "One flow, senders without DF", _outputs(1, 4, 8, 16, df=False), quick=_outputs(1, df=False)),
+    Section(
+        "no-df", "One flow, senders without DF", _outputs(1, 4, 8, 16, df=False), share=1.5,
+        quick=_outputs(1, df=False),
+    ),
     Section(
         "interleaved", "200 interleaved flows", _outputs(1, 4, 16, flows=200), search=True,
         quick=_outputs(1, flows=200),
@@ -125,7 +129,7 @@ SECTIONS: Final = (
     ),
     Section(
         "established", "By established flows, one of them busy, GRO off",
-        tuple(Case(flows=n, busy=1, merge=False) for n in (1, 100, 1000, 10_000)), x="flows", share=0.3,
+        tuple(Case(flows=n, busy=1, merge=False) for n in (1, 100, 1000, 10_000)), x="flows",
         together=True,
     ),
     Section(

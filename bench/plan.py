@@ -49,7 +49,8 @@ class Choice:
 
 def steps(choice: Choice, peers: Sequence[Peer], setup: measure.Setup) -> list[Step]:
     """All of them, in order."""
-    return [step for number in range(1, choice.rounds + 1) for step in _round(choice, number, peers, setup)]
+    most = ceil(choice.rounds * max(section.share for section in SECTIONS))
+    return [step for number in range(1, most + 1) for step in _round(choice, number, peers, setup)]
 
 
 def _round(choice: Choice, number: int, peers: Sequence[Peer], setup: measure.Setup) -> Iterator[Step]:

@@ -37,7 +37,7 @@ from targets import verdicts
 OUT: Final = Path(__file__).resolve().parent / "results" / "local"
 QUICK: Final[dict[str, Any]] = {"warm": 0.5, "seconds": 0.7, "trial": 0.3, "steps": 3, "curve": False}
 _EXAMPLES: Final = """examples:
-  make bench                                    everything, under an hour; docs/performance.md says what it means
+  make bench                                    everything, in 70 minutes; docs/performance.md says what it means
   make bench QUICK=1                            the main figures, under five minutes
   make bench ARGS="--only latency --peers mrelay-tc smcroute --rounds 5"
   make bench ARGS="--record"                    and fill docs/performance.md from it
