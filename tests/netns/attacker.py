@@ -452,7 +452,8 @@ def leave_away(mechanisms: str) -> None:
 def supervise(role: str, attack: str, without: str, folder: str, *command: str) -> int:
     """The real supervisor, with one role that is ours."""
     from mrelay.cli import app
-    from mrelay.supervisor import children, main
+    from mrelay.supervisor import __main__ as entry
+    from mrelay.supervisor import children
 
     with mock.patch("os.execv") as execv:
         app(command)  # `run`, which would become the supervisor
@@ -467,7 +468,7 @@ def supervise(role: str, attack: str, without: str, folder: str, *command: str) 
     children.Child.__init__ = and_replace  # type: ignore[method-assign]
     with listening(folder):
         sys.argv = execv.call_args.args[1][-2:]  # the settings come last
-        return main.main()
+        return entry.main()
 
 
 def free(folder: str, supervisor: str, sibling: str) -> None:

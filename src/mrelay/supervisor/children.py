@@ -12,14 +12,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Final
 
 from mrelay import __version__, logs
 from mrelay.child import EX_PROTOCOL
 from mrelay.counters_size import counters_size
-from mrelay.messages import Message
+from mrelay.messages import Granted, Message, Resource, parts
 from mrelay.supervisor.backoff import CAP, BackOff
 from mrelay.supervisor.host import User
+from mrelay.supervisor.resources import Resources
 from mrelay.supervisor.watch import LONG_WORK, SILENCE, Watch
 from mrelay.wire import Channel, channel_pair
 
@@ -225,6 +227,12 @@ class WorkerChild(Child):
         super().__init__(f"worker {number}", "mrelay.worker", *user)
         self.number, self.core, self.flow_limit, self.busy_poll = number, core, flow_limit, busy_poll
         self.counters = new_counters(flow_limit)
+
+    def grant(self, resources: Resources, what: Sequence[Resource], *, used: bool) -> None:
+        """Its copies of those that it needs some of. `used`: by a worker before it."""
+        held = resources.held
+        for part in parts([each for each in what if held[each].sockets]):
+            self.tell(Granted(part, used), [fd for each in part for fd in held[each].fds(self.number)])
 
 
 def end_all(children: list[Child], message: Message, seconds: float) -> None:

@@ -1,6 +1,6 @@
 """What the relay takes from this host: its users and groups, the state directory, the API socket's path.
 
-Owns finding and checking them. Called by supervisor.main, at the start and for Listen. User databases may be
+Owns finding and checking them. Called at the start, and by supervisor.requests for Listen. User databases may be
 slow to answer; nothing else here blocks.
 """
 

@@ -1,94 +1,62 @@
-"""The supervisor's loop: requests from control, ends of children, signals.
+"""The supervisor's loop: messages from control, ends of children, signals.
 
-Owns the process that has the privileges. It parses nothing but our own messages and its start arguments
-(one JSON object from `mrelay run`); the config file it only opens. Blocks in select only. Exit statuses:
-77 without the privileges it needs (EX_NOPERM), 78 when control finds the config bad (EX_CONFIG), 1 when
-start-up fails otherwise.
+Owns the children: when each starts, what it is given then, and what is said of its end. It parses nothing but our
+own messages; the config file it only opens. Blocks in select only, and where supervisor.requests does.
 """
 
-import errno
-import json
 import logging
 import os
-import resource
 import selectors
 import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from mrelay import logs
-from mrelay.child import collect_less
 from mrelay.ebpf.pins import pin_folder
-from mrelay.kernel import caps, notify
-from mrelay.kernel.netdev import Watch
+from mrelay.kernel import notify
 from mrelay.messages import (
-    AT_ONCE,
-    MAX_BUSY_POLL,
-    AttachXdp,
     CloseTap,
-    Done,
-    Failed,
     Grant,
-    Granted,
     Held,
     Listen,
-    Listening,
-    ListeningTcp,
     ListenTcp,
     LogLevel,
     Message,
     OpenTap,
-    Outcome,
     ProbeNeighbour,
     Quit,
     Ready,
-    Refusal,
     Release,
     Reload,
-    Resource,
-    Revoked,
     Setup,
     StartWorkers,
     Status,
     Stop,
-    Tapped,
     WorkerDown,
     WorkerSetup,
     WorkerUp,
-    XdpTargets,
     parts,
 )
 from mrelay.supervisor.backoff import CAP
 from mrelay.supervisor.children import OUTDATED, Child, ControlChild, Process, WorkerChild, end_all
-from mrelay.supervisor.host import clear_path, find_group, find_users, listen_at, open_state_dir
+from mrelay.supervisor.host import find_users, open_state_dir
+from mrelay.supervisor.requests import Requests
 from mrelay.supervisor.resources import Refused, Resources, probe_neighbour
 from mrelay.supervisor.service import Service
 from mrelay.supervisor.taps import Taps
-from mrelay.supervisor.tcp import TcpListener
+from mrelay.supervisor.targets import Targets
 from mrelay.supervisor.watch import CHECK
 from mrelay.wire import BadMessage, channel_pair
 
 log = logging.getLogger("mrelay.supervisor")
 
-EX_NOPERM: Final = 77  # sysexits.h
 EX_CONFIG: Final = 78  # sysexits.h
-_NEEDED: Final = (caps.CAP_NET_RAW, caps.CAP_NET_ADMIN, caps.CAP_SETUID, caps.CAP_SETGID, caps.CAP_KILL)
-# Kept if we have them: for unicast inputs below port 1024, paths and groups that are not ours, and so that
-# children can empty their bounding sets.
-_USEFUL: Final = (
-    *(caps.CAP_NET_BIND_SERVICE, caps.CAP_CHOWN, caps.CAP_DAC_OVERRIDE, caps.CAP_SETPCAP),
-    *(caps.CAP_BPF, caps.CAP_PERFMON),  # for the kernel's fast path
-)
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _STOP_SECONDS: Final = 5.0
 _SPARE_AFTER: Final = 0.5  # seconds after a start, which needs the processor more
-_MAX_FLOWS: Final = 1 << 20
-_Asked = Grant | Release | Listen | ListenTcp | StartWorkers | OpenTap
-_Answer = Outcome | Done | Listening | ListeningTcp | Tapped
 
 
 class Supervisor:
@@ -100,9 +68,6 @@ class Supervisor:
         self._resources = Resources(pin_folder(options["socket"], Path(options["pin_dir"])))
         self._resources.adopt()
         self._taps = Taps()
-        self._listener: socket.socket | None = None
-        self._listens: tuple[int, str | None] | None = None  # the mode and group that were asked for
-        self._tcp = TcpListener()
         self._workers: list[WorkerChild] = []
         self._control = ControlChild("control", "mrelay.control", *user)
         # Imported, unprivileged and waiting: takes the place of the next worker that ends.
@@ -112,7 +77,16 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._service = Service()
         self._next_check = 0.0
-        self._targets: frozenset[int] | None = None  # of XDP, as control knows them
+        self._targets = Targets(self._resources.fast, self._control, self._selector)
+        self._requests = Requests(
+            options["socket"],
+            self._resources,
+            self._taps,
+            self._targets,
+            self._control,
+            self._workers,
+            self._start_workers,
+        )
         self._quit = self._keep = False  # told to stop by a client; the fast path goes on, as for SIGUSR1
 
     # ---- children --------------------------------------------------------------------------
@@ -145,6 +119,14 @@ class Supervisor:
                 before = child.trouble
                 self._report(child, child.failed(f"cannot be started: {error.strerror}"), before)
 
+    def _start_workers(self, asked: StartWorkers) -> None:
+        self._workers += [
+            WorkerChild(n, core, asked.flow_limit, asked.busy_poll, self._worker_user)
+            for n, core in enumerate(asked.cores)
+        ]
+        for worker in self._workers:
+            self._start(worker)
+
     def _take_spare(self) -> Process | None:
         """The spare worker's process, if there is one. The next one waits until the worker has its rules."""
         process = self._spare.give()
@@ -172,8 +154,7 @@ class Supervisor:
             os.close(fd)
         for part in parts(held):
             self._control.tell(Held(part))
-        self._targets = None
-        self._tell_targets()
+        self._targets.tell_afresh()
         for worker in self._workers:
             self._introduce(worker, equip=False)
             if worker.process is None:
@@ -200,7 +181,7 @@ class Supervisor:
                 worker.tell(self._resources.fast.message(), self._resources.fast.fds())
             worker.tell(LogLevel("worker", logs.levels()["worker"]))  # a spare was started under an older one
             if equip:
-                self._give(worker, list(self._resources.held), used=worker.restarts > 0)
+                worker.grant(self._resources, list(self._resources.held), used=worker.restarts > 0)
             up = WorkerUp(worker.number, worker.core, worker.pid, worker.restarts, worker.flow_limit)
             self._control.tell(up, [theirs.fileno(), worker.counters, *worker.statm])
 
@@ -241,7 +222,7 @@ class Supervisor:
     def _request(self, message: Message) -> None:
         match message:
             case Grant() | Release() | Listen() | ListenTcp() | StartWorkers() | OpenTap():
-                self._answer(message)
+                self._requests.answer(message)
             case CloseTap(id):
                 self._taps.close(id)
             case Quit(keep):
@@ -257,138 +238,6 @@ class Supervisor:
                 self._set_log_level(role, level)
             case _:
                 raise BadMessage(f"{type(message).__name__} is not for the supervisor")
-
-    def _carry_out(self, asked: _Asked) -> _Answer:
-        """One request that is answered; the answer."""
-        match asked:
-            case Grant() | Release():
-                return self._serve_resources(asked)
-            case StartWorkers():
-                self._start_workers(asked)
-            case Listen() | ListenTcp():
-                return self._serve(asked)
-            case OpenTap():
-                return self._taps.open(asked)
-        return Done(asked.id)
-
-    def _answer(self, asked: _Asked) -> None:
-        try:
-            answer = self._carry_out(asked)
-        except (Refused, OSError) as error:
-            self._control.tell(Failed(asked.id, *_why(error)))
-        else:
-            self._control.tell(answer, self._fds(answer))
-
-    def _fds(self, answer: _Answer) -> list[int]:
-        """The descriptors that come along with an answer."""
-        if isinstance(answer, Tapped):
-            return [self._taps.fd(answer.id)]
-        sock = {Listening: self._listener, ListeningTcp: self._tcp.sock}.get(type(answer))
-        return [sock.fileno()] if sock else []
-
-    def _serve_resources(self, asked: Grant | Release) -> Outcome:
-        if len(asked.what) > AT_ONCE:
-            raise BadMessage(f"{len(asked.what)} resources in one request")
-        work = self._grant if isinstance(asked, Grant) else self._release
-        return Outcome(asked.id, tuple(work(asked.what)))
-
-    def _grant(self, asked: Sequence[Resource]) -> list[Refusal]:
-        """Open each that can be, and pass the new ones on; the others."""
-        refused: list[Refusal] = []
-        new: list[Resource] = []
-        for at, what in enumerate(asked):
-            held = what in self._resources.held
-            try:
-                self._resources.open(what)
-            except (Refused, OSError) as error:
-                refused.append(Refusal(at, *_why(error)))
-            else:
-                new += [] if held else [what]
-        for worker in self._workers:
-            self._give(worker, new, used=False)
-        if any(isinstance(what, AttachXdp) for what in asked):
-            self._tell_targets()
-        return refused
-
-    def _give(self, worker: WorkerChild, what: Sequence[Resource], *, used: bool) -> None:
-        """Its copies of those that it needs some of."""
-        held = self._resources.held
-        for part in parts([each for each in what if held[each].sockets]):
-            worker.tell(Granted(part, used), [fd for each in part for fd in held[each].fds(worker.number)])
-
-    def _tell_targets(self) -> None:
-        """Which interfaces take frames from XDP, if it is anywhere and control does not know."""
-        watch = self._resources.fast.targets
-        if watch is None:
-            return
-        if watch.fileno() not in self._selector.get_map():
-            self._selector.register(watch, selectors.EVENT_READ, watch)
-        try:
-            watch.drain()
-            targets = watch.targets()
-        except OSError as error:  # what control knows stays; frames for what can't take them are lost meanwhile
-            log.error("cannot ask which interfaces take frames from XDP: %s", error)
-            return
-        if targets != self._targets:
-            self._targets = targets
-            self._control.tell(XdpTargets(tuple(sorted(targets))))
-
-    def _release(self, asked: Sequence[Resource]) -> list[Refusal]:
-        """Close each, first the workers' copies; what could not be closed in good order."""
-        held = self._resources.held
-        if copied := tuple(what for what in asked if what in held and held[what].sockets):
-            for worker in self._workers:
-                worker.tell(Revoked(copied))
-        refused: list[Refusal] = []
-        for at, what in enumerate(asked):
-            try:
-                self._resources.close(what)
-            except OSError as error:
-                refused.append(Refusal(at, *_why(error)))
-        return refused
-
-    def _serve(self, message: Listen | ListenTcp) -> Listening | ListeningTcp:
-        if isinstance(message, Listen):
-            return self._listen(message.id, message.mode, message.group)
-        self._tcp.open(message.address, message.port, starting=self._listener is None)
-        return ListeningTcp(message.id)
-
-    def _listen(self, id_: int, mode: int, group: str | None) -> Listening:
-        if mode & ~0o666:
-            raise Refused(f"{mode:o} is not the mode of a socket", "use 0660 and a group")
-        if self._listens not in (None, (mode, group)):
-            raise Refused("the API socket's mode and group can't be changed", "restart the relay to change them")
-        path = self._options["socket"]
-        if self._listener is None:
-            self._listener = listen_at(path, mode, -1 if group is None else find_group(group))
-            self._listens = mode, group
-        owner = os.lstat(path)
-        return Listening(id_, owner.st_uid, owner.st_gid)
-
-    def _start_workers(self, asked: StartWorkers) -> None:
-        self._check_workers(asked)
-        cores = asked.cores
-        if asked.fast:
-            self._resources.fast.start(len(cores), asked.flow_limit)
-            self._control.tell(self._resources.fast.message(), self._resources.fast.fds())
-        if self._workers:
-            return
-        self._resources.workers = len(cores)
-        self._workers = [
-            WorkerChild(n, core, asked.flow_limit, asked.busy_poll, self._worker_user)
-            for n, core in enumerate(cores)
-        ]
-        for worker in self._workers:
-            self._start(worker)
-
-    def _check_workers(self, asked: StartWorkers) -> None:
-        if self._workers:
-            sizes = {(w.flow_limit, w.busy_poll) for w in self._workers}
-            same = sizes == {(asked.flow_limit, asked.busy_poll)}
-            if not same or [w.core for w in self._workers] != list(asked.cores):
-                raise Refused("workers can't be changed while they run", "restart the relay to change workers")
-            return
-        check_sizes(asked)
 
     def _announce(self, status: str) -> None:
         if not self._service.ready:
@@ -427,8 +276,8 @@ class Supervisor:
                 if key.data is None:
                     if self._signalled(wakeup.recv(64)):
                         return
-                elif isinstance(key.data, Watch):
-                    self._tell_targets()
+                elif isinstance(key.data, Targets):
+                    key.data.tell()
                 elif key.fd == key.data.pidfd:
                     self._child_ended(key.data)
                 elif key.data.channel is not None and key.fd == key.data.channel.fileno():
@@ -490,9 +339,7 @@ class Supervisor:
         self._resources.close_all()
         end_all([*self._workers, self._spare], Stop(), _STOP_SECONDS)
         self._resources.fast.end(keep=False)
-        if self._listener is not None:
-            self._listener.close()
-            os.unlink(self._options["socket"])
+        self._requests.close()
 
     def main(self) -> int:
         """Run, then leave nothing behind."""
@@ -501,13 +348,6 @@ class Supervisor:
         for number in _SIGNALS:  # Python takes its handlers off before the process is gone
             signal.signal(number, signal.SIG_IGN)
         return 0
-
-
-def _why(error: Refused | OSError) -> tuple[int, str, str]:
-    """Number, problem and remedy, for control."""
-    if isinstance(error, Refused):
-        return errno.EPERM, str(error), error.remedy
-    return error.errno or 0, error.strerror or str(error), str(getattr(error, "remedy", ""))
 
 
 def _probe(ifindex: int, address: str) -> None:
@@ -526,17 +366,6 @@ def _down(worker: WorkerChild, reason: str) -> WorkerDown:
     return WorkerDown(worker.number, worker.restarts, reason, worker.trouble, worker.delay)
 
 
-def check_sizes(asked: StartWorkers) -> None:
-    """Raises Refused for workers that there can't be on this host."""
-    cores, flow_limit = asked.cores, asked.flow_limit
-    if not cores or len(set(cores)) != len(cores) or not set(cores) <= os.sched_getaffinity(0):
-        raise Refused(f"cores {list(cores)} are not all ours to use")
-    if not 1 <= flow_limit <= _MAX_FLOWS:
-        raise Refused(f"flow limit {flow_limit}", f"choose one from 1 to {_MAX_FLOWS}")
-    if not 0 <= asked.busy_poll <= MAX_BUSY_POLL:
-        raise Refused(f"busy_poll {asked.busy_poll}", f"choose one from 0 to {MAX_BUSY_POLL}")
-
-
 def _remedy(child: Child) -> str:
     """What to say, once, when a child is in trouble."""
     goes_on = f"It is tried again every {CAP:.0f} s; everything else goes on."
@@ -553,34 +382,3 @@ def _workers_text(workers: int | str | list[int] | None) -> str | None:
     if isinstance(workers, list):
         return ",".join(map(str, workers)) + ("," if len(workers) == 1 else "")
     return None if workers is None else str(workers)
-
-
-def _raise_descriptor_limit() -> None:
-    """Every worker's sockets are ours too, and descriptors on their way to a worker count as well."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def main() -> int:
-    """`python -m mrelay.supervisor OPTIONS`, as `mrelay run` starts it."""
-    options = json.loads(sys.argv[1])
-    logs.configure(options["log_format"], options["log_level"])
-    logs.set_up("supervisor")
-    lacking = caps.missing(_NEEDED)
-    if lacking:
-        log.error("mrelay run lacks %s: run it as root (sudo mrelay run …)", ", ".join(lacking))
-        return EX_NOPERM
-    try:
-        caps.keep_only(_NEEDED + _USEFUL)
-    except caps.PrivilegeError as error:
-        log.error("cannot start: %s", error)
-        return EX_NOPERM
-    _raise_descriptor_limit()
-    collect_less()
-    os.chdir("/")
-    try:
-        clear_path(options["socket"])  # before a second relay sends anything twice
-    except (Refused, OSError) as error:
-        log.error("cannot start: %s: %s", error, getattr(error, "remedy", "choose another path with --socket"))
-        return 1
-    return Supervisor(options).main()

@@ -2,7 +2,7 @@
 
 Owns every ring, membership, held port, egress socket and changed offload setting; they outlive control and
 workers. Each request is checked here again: whoever asks may have been taken over, so no number is in range and
-no text is an address before this says so. Called by supervisor.main; nothing blocks.
+no text is an address before this says so. Called by supervisor.requests and main; nothing blocks.
 """
 
 import contextlib

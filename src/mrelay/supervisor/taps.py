@@ -1,7 +1,7 @@
 """The taps that control reads, each with the filter that its request describes.
 
 Owns a copy of each, so that closing one ends it, whoever else has it. Taps are control's alone: they end with it
-and are no resource of a rule. Called by supervisor.main; nothing blocks.
+and are no resource of a rule. Called by supervisor.requests, and main; nothing blocks.
 """
 
 import ipaddress

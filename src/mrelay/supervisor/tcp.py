@@ -1,6 +1,6 @@
 """The TCP socket that control serves its API and its page on, when the config asks for one.
 
-Owns that socket, and the rule that there is one for the relay's life. Called by supervisor.main for ListenTcp;
+Owns that socket, and the rule that there is one for the relay's life. Called by supervisor.requests for ListenTcp;
 the socket is handed to each control, which may neither open nor bind one itself. Nothing here blocks.
 """
 

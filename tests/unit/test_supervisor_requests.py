@@ -5,7 +5,7 @@ import os
 import pytest
 
 from mrelay.messages import MAX_BUSY_POLL, StartWorkers
-from mrelay.supervisor.main import check_sizes
+from mrelay.supervisor.requests import check_sizes
 from mrelay.supervisor.resources import Refused
 
 CORE = min(os.sched_getaffinity(0))
