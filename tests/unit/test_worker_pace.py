@@ -25,9 +25,9 @@ class Host:
 
     def pass_time(self, seconds: float, datagrams: int, wakes: int = 10) -> None:
         """`datagrams` arrive in `seconds`, in so many wakes."""
-        for _ in range(wakes):
+        for n in range(wakes):
             self.now += seconds / wakes
-            self.counters.totals[RECEIVED] += datagrams // wakes
+            self.counters.totals[RECEIVED] += datagrams * (n + 1) // wakes - datagrams * n // wakes
             self.pace.keep(woken=True)
 
 
@@ -62,7 +62,14 @@ def test_frames_that_come_one_by_one_and_close_together_are_looked_out_for(host:
     assert host.pace.look_on == 50_000
 
 
+def test_so_are_those_of_which_two_came_before_a_slow_machine_woke(host: Host) -> None:
+    host.pass_time(1.0, 25_000, wakes=12_600)
+    assert host.pace.lively
+
+
 def test_merged_frames_and_batches_are_not(host: Host) -> None:
+    host.pass_time(1.0, 25_000, wakes=12_000)
+    assert not host.pace.lively
     host.pass_time(1.0, 100_000, wakes=2_000)
     assert not host.pace.lively
     host.pass_time(1.0, 90_000, wakes=30_000)

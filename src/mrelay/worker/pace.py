@@ -17,6 +17,7 @@ from mrelay.counters import RECEIVED, Counters
 
 _BUSY: Final = 200_000.0  # datagrams/s: some 3,000 merged frames, or batches of single ones
 _FULL: Final = 60_000.0  # datagrams/s: there is hardly time to sleep, and taking several at a time is cheaper
+_FEW: Final = 2  # datagrams a wake: so many wait where waking takes as long as the next one takes to come
 _INTERVAL: Final = 0.1  # seconds between two looks at the rate
 
 
@@ -45,7 +46,8 @@ class Pace:
         received = self._totals[RECEIVED]
         count, seconds = received - self._before, now - self._since
         busy = count > _BUSY * seconds
-        self.lively = count < _FULL * seconds and self._wakes * self._gap > seconds
+        close = seconds < count * self._gap and count < _FULL * seconds
+        self.lively = close and count < _FEW * self._wakes
         self._due, self._since, self._before, self._wakes = now + _INTERVAL, now, received, 0
         if busy != self._busy:
             self._busy = busy
