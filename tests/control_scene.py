@@ -38,11 +38,16 @@ class Client:
         data = None if body is None else json.dumps(body).encode()
         return await asyncio.to_thread(self.ask, method, path, data)
 
-    def ask(self, method: str, path: str, data: bytes | None) -> Answer:
+    def send(self, method: str, path: str, data: bytes | None) -> http.client.HTTPConnection:
+        """A request that nobody waits for yet."""
         connection = http.client.HTTPConnection("relay")
         connection.sock = socket.socket(socket.AF_UNIX)
         connection.sock.connect(str(self._path))
         connection.request(method, path, data, {"content-type": "application/json"})
+        return connection
+
+    def ask(self, method: str, path: str, data: bytes | None) -> Answer:
+        connection = self.send(method, path, data)
         answer = connection.getresponse()
         text = answer.read()
         connection.close()

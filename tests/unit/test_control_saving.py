@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -42,18 +43,21 @@ def test_a_change_that_cannot_be_saved_is_not_made(tmp_path: Path, monkeypatch: 
     run(work)
 
 
-def slow_disk(monkeypatch: pytest.MonkeyPatch, error: OSError | None = None) -> Callable[[], None]:
-    """StateFile.save waits until what is returned is called; then it fails if there is an error."""
-    save, go_on = StateFile.save, threading.Event()
+def slow_disk(
+    monkeypatch: pytest.MonkeyPatch, error: OSError | None = None
+) -> tuple[Callable[[], bool], Callable[[], None]]:
+    """Whether StateFile.save waits, and what ends its waiting; then it fails if there is an error."""
+    save, began, go_on = StateFile.save, threading.Event(), threading.Event()
 
     def wait_and_save(file: StateFile, state: State) -> None:
+        began.set()
         assert go_on.wait(20)
         if error is not None:
             raise error
         save(file, state)
 
     monkeypatch.setattr(StateFile, "save", wait_and_save)
-    return go_on.set
+    return began.is_set, go_on.set
 
 
 def test_a_rule_that_is_added_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +65,7 @@ def test_a_rule_that_is_added_does_not_wait_for_the_disk(tmp_path: Path, monkeyp
 
     async def work() -> None:
         async with relay(tmp_path) as it:
-            go_on = slow_disk(monkeypatch)
+            _, go_on = slow_disk(monkeypatch)
             adding = asyncio.create_task(it.api("POST", "/v1/rules", RULE_A))
             await until(lambda: any(isinstance(what, JoinGroup) for what in it.fake.held))
             assert len(it.fake.workers[0].rules) == 1
@@ -74,13 +78,45 @@ def test_a_rule_that_is_added_does_not_wait_for_the_disk(tmp_path: Path, monkeyp
     run(work)
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "what", "rules"),
+    [
+        ("POST", "/v1/rules", RULE_B, ["a", "b"]),
+        ("PUT", "/v1/rules", {"rules": [RULE_B]}, ["b"]),
+        ("DELETE", "/v1/rules/a", None, []),
+    ],
+)
+def test_who_hangs_up_stops_no_change(
+    method: str,
+    path: str,
+    what: object,
+    rules: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is made as a whole, in force and on disk: else who asks again would find it half done."""
+
+    async def work() -> None:
+        async with relay(tmp_path, CONFIG_A) as it:
+            saving, go_on = slow_disk(monkeypatch)
+            sent = it.api.send(method, path, None if what is None else json.dumps(what).encode())
+            await until(saving)
+            sent.close()
+            await it.api("GET", "/v1/stats")  # by now the server has seen it go
+            go_on()
+            await until(lambda: [rule["name"] for rule in it.saved()["rules"]] == rules)
+            assert await it.names() == rules
+
+    run(work)
+
+
 def test_a_rule_that_was_added_and_cannot_be_saved_is_taken_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def work() -> None:
         async with relay(tmp_path, CONFIG_A) as it:
             held, worker = set(it.fake.held), it.fake.workers[0]
-            go_on = slow_disk(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+            _, go_on = slow_disk(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
             adding = asyncio.create_task(it.api("POST", "/v1/rules", RULE_B))
             await until(lambda: len(worker.rules) == 2)
             go_on()

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,24 @@ def test_a_save_that_fails_leaves_what_was(
         file.save(State())
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
     assert file.load() == STATE
+
+
+def test_a_name_that_is_not_known_to_be_on_disk_is_no_failed_save(
+    file: StateFile, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The file is the new one by then: whoever is told that nothing was changed would be told wrong."""
+    file.save(State())
+    sync = os.fsync
+
+    def unsure(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(5, "Input/output error")
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", unsure)
+    file.save(STATE)
+    assert file.load() == STATE
+    assert "may be the old one again after a power cut: Input/output error" in caplog.text
 
 
 def test_what_cannot_be_read_is_not_taken_for_nothing(file: StateFile, tmp_path: Path) -> None:

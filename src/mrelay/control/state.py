@@ -84,7 +84,7 @@ class StateFile:
             return self._roll_back(error.version)
 
     def save(self, state: State) -> None:
-        """Replace the file, all or nothing, also through a power cut. OSError when that fails."""
+        """Replace the file, all or nothing, also through a power cut. OSError when that fails: it is as before."""
         self._write(NAME, encode(state))
 
     def _keep(self, data: bytes, version: int) -> None:
@@ -130,7 +130,10 @@ class StateFile:
             with contextlib.suppress(OSError):
                 os.unlink(temporary, dir_fd=self._directory)
             raise
-        os.fsync(self._directory)
+        try:
+            os.fsync(self._directory)
+        except OSError as error:  # too late to fail: the file is the new one
+            log.warning("%s is saved, but may be the old one again after a power cut: %s", name, error.strerror)
 
     def _open(self, name: str, flags: int) -> int:
         return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._directory)
