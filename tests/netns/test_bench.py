@@ -1,17 +1,22 @@
 """The benchmark from end to end, as small as it goes: measures, writes what it found, leaves nothing behind."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import scheduling  # bench/, for all of these
-from lab import BACKLOG
+import peers  # bench/, for all of these
+import relays
+import scheduling
+from cases import Case
+from lab import BACKLOG, Cores, Lab
 from measure import COSTED
 from netns import fast
 from netns.lab import eventually
@@ -20,10 +25,14 @@ pytestmark = [pytest.mark.netns, pytest.mark.alone]
 BENCH = Path(__file__).resolve().parents[2] / "bench" / "run_bench.py"
 
 
-def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
+def require() -> None:
     fast.require()
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two processors")
+
+
+def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
+    require()
     line = [sys.executable, str(BENCH), "--out", str(out), *arguments]
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -81,3 +90,32 @@ def test_what_is_started_under_load_runs_as_usual() -> None:
         done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=20)
     assert int(done.stdout) == os.SCHED_OTHER
     assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
+@contextlib.contextmanager
+def on(core: int) -> Iterator[None]:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def test_relay_is_killed_started_and_given_thousands_of_rules() -> None:
+    """On its own core, although the benchmark is on the source's meanwhile."""
+    require()
+    cores = Cores.chosen(os.sched_getaffinity(0))
+    (peer,) = [each for each in peers.load() if each.name == "mrelay-tc"]
+    with Lab() as lab, on(cores.source), relays.running(peer, lab, Case(), cores) as relay:
+        before = relay.pids()
+        assert len(before) >= 3, "supervisor, control, worker"
+        relay.killed()
+        assert not set(before) & set(relay.pids())
+        assert {tuple(os.sched_getaffinity(pid)) for pid in relay.pids()} == {(cores.relay,)}
+        flow, put = relay.putting(1)
+        put()
+        listed = relay.shell("{{ python }} -m mrelay rule list --json --socket {{ directory }}/control.sock")
+    sources = [rule["from"] for rule in json.loads(listed.stdout)["rules"]]
+    assert len(sources) == 10_000
+    assert flow.group in sources[-1]
