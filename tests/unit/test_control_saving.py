@@ -105,7 +105,8 @@ def test_who_hangs_up_stops_no_change(
             await it.api("GET", "/v1/stats")  # by now the server has seen it go
             go_on()
             await until(lambda: [rule["name"] for rule in it.saved()["rules"]] == rules)
-            assert await it.names() == rules
+            while await it.names() != rules:  # in force a moment after it is on disk, or never: then `run` ends it
+                pass
 
     run(work)
 
