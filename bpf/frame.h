@@ -26,6 +26,7 @@ struct frame {
     __be16 port;     /* source port */
     __u8 ttl;
     __u8 tos; /* or traffic class */
+    __u8 returned; /* tc: it has been round */
     __u8 partial; /* tc: UDP's checksum may be partial */
 };
 

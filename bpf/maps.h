@@ -50,6 +50,13 @@ struct {
     __type(value, struct turn);
 } turns SEC(".maps");
 
+struct {
+    __uint(type, BPF_MAP_TYPE_ARRAY);
+    __uint(max_entries, 1);
+    __type(key, __u32);
+    __type(value, struct trip);
+} trips SEC(".maps");
+
 /* X(n) for each broadcast: a redirect names its map when it is compiled. */
 #define EACH_BROADCAST(X)                                                                        \
     X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15)        \

@@ -6,12 +6,14 @@
 #include "limit.h"
 #include "maps.h"
 #include "rewrite.h"
+#include "round.h"
 #include "skb.h"
 #include "wanted.h"
 
 #define QUEUED_AT_LIMIT 2 /* NET_XMIT_CN, linux/netdevice.h: queued, with a warning */
 
 const volatile __u32 short_bytes = 0; /* as in ring.bpf.c; set by the loader */
+const volatile __u32 lands = 0; /* whether `land` is at lo; likewise */
 
 /* ---- passing on ---- */
 
@@ -27,13 +29,8 @@ ALWAYS_INLINE _Bool is_fragment4(const struct __sk_buff *skb)
 ALWAYS_INLINE void set_mark(struct __sk_buff *skb, __u32 mark)
 {
     __u32 old = skb->tc_index;
-    if (!mark && !IS_OURS(old)) /* ours: of a relay before this one, on this host */
-        return;
-    /* By hand: clang computes an address first, which the verifier refuses. */
-    asm volatile("*(u32 *)(%0 + %1) = %2"
-                 :
-                 : "r"(skb), "i"(offsetof(struct __sk_buff, tc_index)), "r"(mark)
-                 : "memory");
+    if (mark || IS_OURS(old)) /* ours: of a relay before this one, on this host */
+        set_index(skb, mark);
 }
 
 /* Bits for a frame with this tag, which is written into it if the slow path wants it. */
@@ -119,6 +116,38 @@ static long send_copy(__u32 index, void *context)
     return 0;
 }
 
+/* Send the copy for a place round, if nothing else is on its way or all of that follows the same route. False: send
+ * it directly. */
+ALWAYS_INLINE _Bool send_last_round(const struct frame *frame, struct trip *trip, __u32 slot, __u32 place)
+{
+    _Bool away = is_away(trip);
+    if (away ? trip->place != place : !may_go(frame->skb, trip, frame->datagrams))
+        return 0;
+    struct output *output = output_at(place);
+    __u32 ifindex = output ? rewrite(frame, output) : 0;
+    if (!ifindex || (away && ifindex != trip->ifindex))
+        return 0;
+    if (!away) {
+        trip->since = bpf_jiffies64();
+        trip->place = place;
+        trip->ifindex = ifindex;
+    }
+    if (send_round(frame->skb, trip, slot, ROUND_COPY))
+        return 1;
+    trip->refused = bpf_jiffies64();
+    if (away) /* directly it would overtake */
+        count_error(frame, output);
+    return away;
+}
+
+/* Have a frame wait for what it must not overtake. */
+ALWAYS_INLINE _Bool send_frame_round(const struct frame *frame, struct trip *trip, __u32 slot)
+{
+    trip->place = NO_PLACE;
+    trip->iif = frame->skb->ifindex;
+    return send_round(frame->skb, trip, slot, ROUND_FRAME);
+}
+
 /* The frame itself to the route's last output, or nowhere: too late for the slow path. */
 ALWAYS_INLINE int send_last(const struct frame *frame, __u32 place)
 {
@@ -177,6 +206,11 @@ ALWAYS_INLINE int carry(struct frame *frame, struct flow *flow, struct bpf_sock_
         flow->state = reason;
     note_merging(frame, flow);
     note_stamp(frame->skb, flow);
+    __u32 slot = flow->slot, place = frame->start + last;
+    struct trip *trip = lands ? trip_of(slot) : 0;
+    if (trip && !frame->returned && is_away(trip) && (reason != CARRIED || !last || trip->place != place) &&
+        send_frame_round(frame, trip, slot))
+        return TC_ACT_SHOT;
     if (reason != CARRIED) {
         __sync_fetch_and_add(&flow->left, 1);
         return pass(frame->skb, reason, COUNTED);
@@ -186,14 +220,15 @@ ALWAYS_INLINE int carry(struct frame *frame, struct flow *flow, struct bpf_sock_
     count_carried(frame, flow);
     if (frame->skb->vlan_present)
         bpf_skb_vlan_pop(frame->skb);
-    if (last)
-        bpf_loop(last, send_copy, frame, 0);
-    return send_last(frame, frame->start + last);
+    _Bool round = trip && last && send_last_round(frame, trip, slot, place);
+    if (last > round)
+        bpf_loop(last - round, send_copy, frame, 0);
+    return send_last(frame, place - round);
 }
 
-ALWAYS_INLINE int relay4(struct __sk_buff *skb)
+ALWAYS_INLINE int relay4(struct __sk_buff *skb, _Bool returned)
 {
-    struct frame frame = {.skb = skb};
+    struct frame frame = {.skb = skb, .returned = returned};
     struct flow4_key key;
     struct bpf_sock_tuple tuple;
     if (!read_frame4(&frame, &key))
@@ -205,9 +240,9 @@ ALWAYS_INLINE int relay4(struct __sk_buff *skb)
     return carry(&frame, flow, &tuple, sizeof(tuple.ipv4));
 }
 
-ALWAYS_INLINE int relay6(struct __sk_buff *skb)
+ALWAYS_INLINE int relay6(struct __sk_buff *skb, _Bool returned)
 {
-    struct frame frame = {.skb = skb};
+    struct frame frame = {.skb = skb, .returned = returned};
     struct flow6_key key;
     struct bpf_sock_tuple tuple;
     if (!read_frame6(&frame, &key))
@@ -219,12 +254,25 @@ ALWAYS_INLINE int relay6(struct __sk_buff *skb)
     return carry(&frame, flow, &tuple, sizeof(tuple.ipv6));
 }
 
+/* A frame is not away any more. */
+ALWAYS_INLINE void take_back(struct __sk_buff *skb)
+{
+    struct trip *trip = trip_of(skb->mark);
+    if (trip)
+        come_back(trip);
+    skb->mark = 0;
+    set_index(skb, 0);
+}
+
 SEC("tc") int relay(struct __sk_buff *skb)
 {
+    _Bool returned = skb->tc_index == RETURNED;
+    if (returned)
+        take_back(skb);
     if (skb->protocol == htons(ETH_P_IP))
-        return relay4(skb);
+        return relay4(skb, returned);
     if (skb->protocol == htons(ETH_P_IPV6))
-        return relay6(skb);
+        return relay6(skb, returned);
     return TC_ACT_UNSPEC;
 }
 

@@ -8,6 +8,7 @@
  * There is no partial checksum to be seen here, nor a VLAN tag that the driver has taken off (the supervisor has that
  * switched off). Frames with a tag in them are passed on. */
 #include "driver.h"
+#include "round.h"
 
 /* ---- passing on ---- */
 
@@ -65,7 +66,11 @@ ALWAYS_INLINE int pass(const struct frame *frame, struct flow *flow, __u32 why)
 ALWAYS_INLINE _Bool is_open(const struct flow *flow)
 {
     __u64 given = flow->given;
-    return given && READ_ONCE(flow->seen) == given && READ_ONCE(flow->state) >= CARRIED;
+    __u32 state = READ_ONCE(flow->state);
+    if (!given || READ_ONCE(flow->seen) != given || state < CARRIED)
+        return 0;
+    struct trip *trip = state == CARRIED ? trip_of(flow->slot) : 0;
+    return !trip || !READ_ONCE(trip->away);
 }
 
 /* ---- sending ---- */

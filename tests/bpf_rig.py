@@ -73,13 +73,15 @@ class FastPath:
     def __init__(self, *, slots: int = 16, routes: int = 64, workers: int = 1) -> None:
         self.sizes = layout.Sizes(workers, slots, routes, outputs=routes, cpus=libbpf.possible_cpus())
         self.maps = load.create_maps(self.sizes)
-        self.program = load.load_relay(self.maps, self.sizes)
+        self.program = load.load_relay(self.maps, self.sizes, lands=True)
+        self.land = load.load_land(self.maps)
         self.xdp = load.load_xdp(self.maps, self.sizes)
         self.arrays = {name: self._array(name, dtype) for name, dtype in _DTYPES.items()}
         self.flows = {
             family: bpf.Map(self.maps[name], np.dtype(kind).itemsize, np.dtype(layout.FLOW).itemsize)
             for family, name, kind in ((4, "flows4", layout.FLOW4_KEY), (6, "flows6", layout.FLOW6_KEY))
         }
+        self.trips = bpf.Map(self.maps["trips"], 4, np.dtype(layout.TRIP).itemsize)
         self.ranges = bpf.Map(self.maps["ranges"], np.dtype(layout.RANGE_KEY).itemsize, 4)
         self.set_hop()
 
@@ -92,7 +94,7 @@ class FastPath:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for fd in (self.program, self.xdp, *self.maps.values()):
+        for fd in (self.program, self.land, self.xdp, *self.maps.values()):
             os.close(fd)
 
     def set_hop(self, number: int = 0, **values: object) -> None:

@@ -12,7 +12,7 @@ STRUCTS: dict[str, Any] = {
     "flow4_key": layout.FLOW4_KEY, "flow6_key": layout.FLOW6_KEY, "flow": layout.FLOW, "output": layout.OUTPUT,
     "hop": layout.HOP, "count": layout.COUNT, "meter": layout.METER, "limit": layout.LIMIT,
     "place": layout.PLACE, "broadcast": layout.BROADCAST, "progress": layout.PROGRESS,
-    "range_key": layout.RANGE_KEY,
+    "range_key": layout.RANGE_KEY, "trip": layout.TRIP,
 }  # fmt: skip
 
 

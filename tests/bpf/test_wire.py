@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from bpf_rig import FastPath, Out, key, packed
+from bpf_rig import LOOPBACK, FastPath, Out, key, packed
 from mrelay.ebpf import load
 from mrelay.kernel import libbpf
 from mrelay.kernel.packet import SHORT
@@ -33,6 +33,7 @@ class Wire:
                 values = {"ifindex": socket.if_nametoindex(f"out{i}"), "own_mac": star.relay.mac(f"out{i}")}
                 path.set_hop(i, **values, mac=star.sink.mac(f"k{i}"), source=packed(f"10.1.{i}.1"))
                 path.set_hop(100 + i, **values, mac=star.sink.mac(f"k{i}"), source=packed(f"fd00:1:{i}::1"))
+            self.landing = libbpf.attach_tcx(path.land, LOOPBACK)
             self.link = libbpf.attach_ingress(path.program, self.ifindex)
 
     def key(self, source: str = SOURCE, group: str = G4, vlan: int = 0) -> bytes:
@@ -49,6 +50,7 @@ def wire(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Wire]:
         made = Wire(star, path, 3, offload=offload)
         yield made
         made.link.close()
+        made.landing.close()
 
 
 def captures(stack: ExitStack, star: Star, count: int = 3) -> list[Capture]:

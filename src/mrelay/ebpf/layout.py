@@ -27,6 +27,7 @@ BROADCASTS: Final = 32
 BROADCAST_HOP: Final = 0xFFFFFFFF
 MAX_COPIES: Final = 16
 SINGLE: Final = 16
+LOOPBACK: Final = 1  # ifindex of lo in every namespace: LOOPBACK_IFINDEX, net/net_namespace.h
 HELD_MARK: Final = 0x6D72656C
 VLAN_MARK: Final = 0x65726D02
 
@@ -54,6 +55,9 @@ HOP: Final[Fields] = [
     ("flags", "<u4"), ("ifindex", "<u4"), ("mtu", "<u4"), ("mac", "u1", 6), ("own_mac", "u1", 6),
     ("source", "u1", 16), ("changes", "<u4"), ("reserved", "<u4"),
 ]  # fmt: skip
+TRIP: Final[Fields] = [
+    ("away", "<u4"), ("since", "<u4"), ("place", "<u4"), ("refused", "<u4"), ("ifindex", "<u4"), ("iif", "<u4"),
+]  # fmt: skip
 COUNT: Final[Fields] = [("packets", "<u8"), ("bytes", "<u8"), ("limited", "<u8")]
 METER: Final[Fields] = [("cost", "<u8"), ("burst", "<u8"), ("due", "<u8")]
 LIMIT: Final = [("datagrams", METER), ("bytes", METER)]
@@ -68,7 +72,7 @@ RANGE_KEY: Final[Fields] = [("prefixlen", "<u4"), ("ifindex", "<u4"), ("family",
 DEVMAPS: Final = tuple(f"devmap{n}" for n in range(BROADCASTS))
 MAPS: Final = (
     *("flows4", "flows6", "route", "outputs", "hops", "broadcasts", "counts", "passed", "limits", "progress"),
-    *("ranges", "turns", *DEVMAPS),
+    *("ranges", "turns", "trips", *DEVMAPS),
 )  # fmt: skip
 
 
@@ -106,6 +110,7 @@ class Sizes:
             "progress": self.workers,
             "ranges": RANGES,
             "turns": BROADCASTS * MAX_COPIES,
+            "trips": self.flows,
             **dict.fromkeys(DEVMAPS, MAX_COPIES),
         }
 

@@ -21,7 +21,8 @@ RING: Final = "ring"
 OLDEST: Final = (5, 19)  # the first to let control and workers, which have map descriptors only, call bpf(2)
 XDP: Final = "xdp"
 COPY: Final = "copy"
-OBJECTS: Final = (RELAY, RING, XDP, COPY)
+LAND: Final = "land"
+OBJECTS: Final = (RELAY, RING, XDP, COPY, LAND)
 
 
 def missing() -> str:
@@ -56,12 +57,22 @@ def create_maps(sizes: Sizes) -> dict[str, int]:
         return {name: opened.map_fd(name) for name in MAPS}
 
 
-def load_relay(maps: Mapping[str, int], sizes: Sizes) -> int:
-    """The program for tc ingress (libbpf.attach_ingress) over these maps, made with these sizes."""
+def load_relay(maps: Mapping[str, int], sizes: Sizes, *, lands: bool) -> int:
+    """The program for tc ingress (libbpf.attach_ingress) over these maps, made with these sizes.
+
+    `lands`: the one of `load_land` is at the ingress of lo, so copies may go round by it.
+    """
     with open_object(RELAY) as opened:
-        opened.set_constants(flows_per_processor=sizes.flows, short_bytes=SHORT)
+        opened.set_constants(flows_per_processor=sizes.flows, short_bytes=SHORT, lands=lands)
         _load(opened, maps)
         return opened.program_fd("relay")
+
+
+def load_land(maps: Mapping[str, int]) -> int:
+    """The program for the tcx ingress of lo (libbpf.attach_tcx), which sends on what goes round."""
+    with open_object(LAND) as opened:
+        _load(opened, maps)
+        return opened.program_fd("land")
 
 
 def load_xdp(maps: Mapping[str, int], sizes: Sizes) -> int:

@@ -56,7 +56,8 @@ class Maps:
         """Takes over the descriptors."""
         *of_maps, self.copier = fds
         by_name = dict(zip(MAPS, of_maps, strict=True))
-        os.close(by_name["turns"])  # the programs' own
+        for name in ("turns", "trips"):  # the programs' own
+            os.close(by_name[name])
         entries = sizes.entries()
         self.sizes = sizes
         self.flows = {

@@ -339,10 +339,18 @@ class ClsactFilter:
 
 def attach_ingress(program: int, ifindex: int, *, tcx: bool = True) -> TcxLink | ClsactFilter:
     """At tc ingress of an interface of the caller's namespace: by tcx (Linux 6.6), else by clsact."""
-    fd = _lib().bpf_link_create(program, ifindex, BPF_TCX_INGRESS, None) if tcx else -errno.EINVAL
-    if fd == -errno.EINVAL:  # what kernels say of an attach type that they do not know
-        return ClsactFilter(program, ifindex)
-    return TcxLink(_checked(fd, "bpf_link_create"))
+    if tcx:
+        try:
+            return attach_tcx(program, ifindex)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+    return ClsactFilter(program, ifindex)
+
+
+def attach_tcx(program: int, ifindex: int) -> TcxLink:
+    """At tcx ingress. OSError: EINVAL is what kernels before 6.6 say, which do not know it."""
+    return TcxLink(_checked(_lib().bpf_link_create(program, ifindex, BPF_TCX_INGRESS, None), "bpf_link_create"))
 
 
 def attach_xdp(program: int, ifindex: int) -> XdpLink:

@@ -41,6 +41,7 @@ class FastPath:
         self._copier = -1
         self._tc = Attached(pins.LINK, libbpf.TcxLink, libbpf.attach_ingress)
         self._xdp = Attached(pins.XDP, libbpf.XdpLink, libbpf.attach_xdp)
+        self._land = Attached(pins.LAND, libbpf.TcxLink, libbpf.attach_tcx)
 
     def start(self, workers: int, flow_limit: int) -> None:
         """Load it, once; `problem` says what was in the way."""
@@ -62,13 +63,28 @@ class FastPath:
         self._sizes = sizes
         self._prepare_folder()
         self.maps = self._pinned_maps()
-        self._tc.adopted = self._xdp.adopted = bool(self.maps)
+        for attached in self._all:
+            attached.adopted, attached.folder = bool(self.maps), self._folder
         self.maps = self.maps or load.create_maps(sizes)
-        self._tc.program = load.load_relay(self.maps, sizes)
-        self._tc.folder = self._xdp.folder = self._folder
+        self._tc.program = load.load_relay(self.maps, sizes, lands=self._attach_land())
         self._copier = load.load_copy(self.maps)
         self._filters = [load.load_rings(self.maps, worker) for worker in range(sizes.workers)]
         self._pin_maps()
+
+    def _attach_land(self) -> bool:
+        """Before anything is sent round by lo; False: nothing may be."""
+        self._land.program = load.load_land(self.maps)
+        try:
+            self._land.attach(layout.LOOPBACK)
+        except OSError as error:
+            log.info("no copies go round by lo (%s): flows of merged frames are slower", error.strerror)
+            return False
+        return True
+
+    @property
+    def _all(self) -> tuple[Attached, ...]:
+        """In the order in which they are let go of."""
+        return self._xdp, self._tc, self._land
 
     def message(self) -> Message:
         """What control and workers are told; `fds` goes along."""
@@ -168,7 +184,7 @@ class FastPath:
         if self._folder is None or not self.maps:
             return
         current = self._maps_folder()
-        for attached in (self._xdp, self._tc):
+        for attached in reversed(self._all):  # what is sent round has where to land
             attached.leave_unclaimed()
         for path in self._folder.glob(f"{pins.MAPS}*"):
             if path != current:
@@ -183,13 +199,9 @@ class FastPath:
         self._forget()
 
     def _forget(self) -> None:
-        programs = (
-            self._tc.program,
-            self._xdp.program,
-            self._copier,
-            *(fd for pair in self._filters for fd in pair),
-        )
-        for attached in (self._xdp, self._tc):
+        of_filters = (fd for pair in self._filters for fd in pair)
+        programs = (*(attached.program for attached in self._all), self._copier, *of_filters)
+        for attached in self._all:
             attached.close()
         for fd in (*self.maps.values(), *programs):
             if fd >= 0:

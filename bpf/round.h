@@ -1,0 +1,78 @@
+/* The way round: by the ingress of lo, for copies that should leave last.
+ *
+ * bpf_clone_redirect gives the clone the frame's own head and us a copy of it, and it is the frame's own that hands
+ * the pages back to the driver's page pool, if nobody else holds them any more (docs/decisions/D51). So the last
+ * output's copy goes round: lo's backlog holds it until the others are gone, and `land` sends it on.
+ *
+ * What of its flow comes meanwhile must not overtake it. Copies by the same route follow it; a frame that goes another
+ * way follows as a whole, back to its interface, and is looked at when it is there again. The backlog keeps the order
+ * of one processor; a flow that moves to another may be overtaken, as everywhere in the kernel. */
+#ifndef ROUND_H
+#define ROUND_H
+
+#include "maps.h"
+
+/* skb->tc_index of what is on its way; skb->mark is the flow's slot. */
+#define ROUND_COPY 0x6d80
+#define ROUND_FRAME 0x6d81
+#define RETURNED 0x6d82    /* a frame, where it came in */
+
+#define LOOPBACK 1      /* LOOPBACK_IFINDEX, net/net_namespace.h */
+#define MANY 8          /* segments: from so many on the pages are worth it */
+#define LONG_AGO 100    /* jiffies: 0.1 to 1 s */
+#define NO_PLACE (~0U)
+
+ALWAYS_INLINE struct trip *trip_of(__u32 slot)
+{
+    return bpf_map_lookup_elem(&trips, &slot);
+}
+
+/* Whether something of the flow is on its way. What does not come back is lost: an interface went away. */
+ALWAYS_INLINE _Bool is_away(struct trip *trip)
+{
+    if (!READ_ONCE(trip->away))
+        return 0;
+    if ((__u32)bpf_jiffies64() - trip->since < LONG_AGO)
+        return 1;
+    trip->away = 0;
+    return 0;
+}
+
+ALWAYS_INLINE void come_back(struct trip *trip)
+{
+    if (READ_ONCE(trip->away)) /* 0: it was taken for lost */
+        __sync_fetch_and_add(&trip->away, -1);
+}
+
+ALWAYS_INLINE void set_index(struct __sk_buff *skb, __u32 index)
+{
+    /* By hand: clang computes an address first, which the verifier refuses. */
+    asm volatile("*(u32 *)(%0 + %1) = %2"
+                 :
+                 : "r"(skb), "i"(offsetof(struct __sk_buff, tc_index)), "r"(index)
+                 : "memory");
+}
+
+/* A clone of the frame as it is. False: lo takes none, it is down or the backlog full. */
+ALWAYS_INLINE _Bool send_round(struct __sk_buff *skb, struct trip *trip, __u32 slot, __u32 kind)
+{
+    __u32 mark = skb->mark, index = skb->tc_index;
+    __sync_fetch_and_add(&trip->away, 1);
+    skb->mark = slot;
+    set_index(skb, kind);
+    _Bool taken = !bpf_clone_redirect(skb, LOOPBACK, BPF_F_INGRESS);
+    skb->mark = mark;
+    set_index(skb, index);
+    if (!taken)
+        __sync_fetch_and_add(&trip->away, -1);
+    return taken;
+}
+
+/* Whether a copy may go round when nothing else does. What others noted in the skb would be lost on the way. */
+ALWAYS_INLINE _Bool may_go(const struct __sk_buff *skb, const struct trip *trip, __u32 datagrams)
+{
+    return datagrams >= MANY && !skb->mark && !skb->priority &&
+           (__u32)bpf_jiffies64() - trip->refused >= LONG_AGO;
+}
+
+#endif
