@@ -3,14 +3,14 @@
 
 SEC("tc") int land(struct __sk_buff *skb)
 {
-    __u32 kind = skb->tc_index;
+    enum round kind = round_of(skb);
     if (kind != ROUND_COPY && kind != ROUND_FRAME)
         return TC_ACT_UNSPEC;
-    struct trip *trip = trip_of(skb->mark);
+    struct trip *trip = trip_of(skb->mark & SLOT_MASK);
     if (!trip)
         return TC_ACT_SHOT; /* can't be: the slot is of a flow */
     if (kind == ROUND_FRAME) {
-        set_index(skb, RETURNED);
+        set_index(skb, ROUND_INDEX + RETURNED);
         return bpf_redirect(trip->iif, BPF_F_INGRESS);
     }
     skb->mark = 0;

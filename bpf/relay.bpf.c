@@ -13,7 +13,6 @@
 #define QUEUED_AT_LIMIT 2 /* NET_XMIT_CN, linux/netdevice.h: queued, with a warning */
 
 const volatile __u32 short_bytes = 0; /* as in ring.bpf.c; set by the loader */
-const volatile __u32 lands = 0; /* whether `land` is at lo; likewise */
 
 /* ---- passing on ---- */
 
@@ -207,7 +206,7 @@ ALWAYS_INLINE int carry(struct frame *frame, struct flow *flow, struct bpf_sock_
     note_merging(frame, flow);
     note_stamp(frame->skb, flow);
     __u32 slot = flow->slot, place = frame->start + last;
-    struct trip *trip = lands ? trip_of(slot) : 0;
+    struct trip *trip = round_id ? trip_of(slot) : 0;
     if (trip && !frame->returned && is_away(trip) && (reason != CARRIED || !last || trip->place != place) &&
         send_frame_round(frame, trip, slot))
         return TC_ACT_SHOT;
@@ -257,7 +256,7 @@ ALWAYS_INLINE int relay6(struct __sk_buff *skb, _Bool returned)
 /* A frame is not away any more. */
 ALWAYS_INLINE void take_back(struct __sk_buff *skb)
 {
-    struct trip *trip = trip_of(skb->mark);
+    struct trip *trip = trip_of(skb->mark & SLOT_MASK);
     if (trip)
         come_back(trip);
     skb->mark = 0;
@@ -266,7 +265,7 @@ ALWAYS_INLINE void take_back(struct __sk_buff *skb)
 
 SEC("tc") int relay(struct __sk_buff *skb)
 {
-    _Bool returned = skb->tc_index == RETURNED;
+    _Bool returned = round_id && round_of(skb) == RETURNED;
     if (returned)
         take_back(skb);
     if (skb->protocol == htons(ETH_P_IP))

@@ -12,15 +12,34 @@
 
 #include "maps.h"
 
-/* skb->tc_index of what is on its way; skb->mark is the flow's slot. */
-#define ROUND_COPY 0x6d80
-#define ROUND_FRAME 0x6d81
-#define RETURNED 0x6d82    /* a frame, where it came in */
+/* The kernel's number of `trips`, for there may be other relays, each with a `land`. 0: nothing goes round; set by the
+ * loader. */
+const volatile __u32 round_id = 0;
+
+/* Of what is on its way skb->tc_index says so and what it is, and skb->mark has the flow's slot. Both have a part of
+ * `round_id`. */
+enum round {
+    ROUND_COPY,
+    ROUND_FRAME,
+    RETURNED, /* a frame, where it came in */
+    NOT_OURS,
+};
+
+#define ROUND_INDEX (0x8000 | (round_id & 0x1fff) << 2)
+#define SLOT_BITS 23 /* layout.py, _COUNTS_MOST */
+#define ROUND_MARK (round_id >> 13 << SLOT_BITS)
+#define SLOT_MASK ((1 << SLOT_BITS) - 1)
 
 #define LOOPBACK 1      /* LOOPBACK_IFINDEX, net/net_namespace.h */
 #define MANY 8          /* segments: from so many on the pages are worth it */
 #define LONG_AGO 100    /* jiffies: 0.1 to 1 s */
 #define NO_PLACE (~0U)
+
+ALWAYS_INLINE enum round round_of(const struct __sk_buff *skb)
+{
+    __u32 kind = skb->tc_index - ROUND_INDEX;
+    return kind < NOT_OURS && (skb->mark & ~SLOT_MASK) == ROUND_MARK ? kind : NOT_OURS;
+}
 
 ALWAYS_INLINE struct trip *trip_of(__u32 slot)
 {
@@ -54,12 +73,12 @@ ALWAYS_INLINE void set_index(struct __sk_buff *skb, __u32 index)
 }
 
 /* A clone of the frame as it is. False: lo takes none, it is down or the backlog full. */
-ALWAYS_INLINE _Bool send_round(struct __sk_buff *skb, struct trip *trip, __u32 slot, __u32 kind)
+ALWAYS_INLINE _Bool send_round(struct __sk_buff *skb, struct trip *trip, __u32 slot, enum round kind)
 {
     __u32 mark = skb->mark, index = skb->tc_index;
     __sync_fetch_and_add(&trip->away, 1);
-    skb->mark = slot;
-    set_index(skb, kind);
+    skb->mark = ROUND_MARK | slot;
+    set_index(skb, ROUND_INDEX + kind);
     _Bool taken = !bpf_clone_redirect(skb, LOOPBACK, BPF_F_INGRESS);
     skb->mark = mark;
     set_index(skb, index);

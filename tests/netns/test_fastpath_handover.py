@@ -14,6 +14,7 @@ from netns import fast
 from netns.lab import Lab, Star, eventually
 from netns.numbered import FIRST_PORT, PORT, Numbers, Outcome
 from netns.relay import Relay, rule
+from netns.traffic import Capture
 
 pytestmark = [
     pytest.mark.netns,
@@ -108,6 +109,27 @@ def test_outputs_come_and_go_under_load(
         assert runs == len(spans) if flows == 1 else runs >= len(spans), "each time without a gap"
         settle(relay, sent)
         assert {each["engine"] for each in relay.flows()} == {"ebpf"}
+
+
+def test_outputs_change_places_under_load(
+    star: Star, numbers_elf: bytes, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last one's copies go round by lo while frames are merged; nothing overtakes them at the change."""
+    one, other = rule("a", FROM, TO, SECOND), rule("a", FROM, SECOND, TO)
+    with numbered(numbers_elf, star, one) as (numbers, relay, kernel), Capture(star.relay, "lo") as round_trips:
+        with numbers.load(GROUP, RATE) as load:
+            await_carried(kernel, RATE // 10)
+            for config in (other, one) * 8:
+                apply(relay, star, folder, config)
+                await_carried(kernel, RATE // 20)
+            sent = load.stop()
+        for output in range(2):
+            outcome = numbers.outcome(sent, output)
+            report(f"places changed, output {output}", outcome, kernel, capsys)
+            assert outcome.perfect, outcome
+        went = [packet.dport for packet in round_trips.arrived()]
+        assert {FIRST_PORT, FIRST_PORT + 1} <= set(went), "either output was the last"
+        settle(relay, sent)
 
 
 def test_the_only_rule_is_replaced_under_load(

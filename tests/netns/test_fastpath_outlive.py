@@ -18,11 +18,12 @@ import pytest
 
 from manager import Manager
 from netns import fast
+from netns.driver import await_engine
 from netns.lab import SOURCE, SOURCE_2, SOURCE_6, Lab, Star, eventually
 from netns.numbered import FIRST_PORT, PORT, Load, Numbers, Outcome
 from netns.relay import Relay, rule
 from netns.test_fdstore import Listener, kill, start_again
-from netns.traffic import Capture, Receiver, Sender
+from netns.traffic import Capture, Receiver, Sender, payloads
 
 pytestmark = [
     pytest.mark.netns,
@@ -151,6 +152,62 @@ def test_all_processes_are_killed(
             assert len(links(pins)) == 1
             assert len(list(pins.glob("*/maps-*"))) == 1, "what it replaced is gone"
     assert not links(pins)
+
+
+@pytest.mark.parametrize("limit", ["", "[relay]\nflow_limit = 5000\n\n"], ids=["adopted", "of-another-size"])
+def test_what_goes_round_outlives_it_too(
+    lab: Lab, numbers_elf: bytes, folder: Path, pins: Path, limit: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A merged flow to two outputs: copies go by lo to the last one, before, meanwhile and after."""
+    star = lab.star(outputs=2, offload=True)
+    config = rule("a", f"in0:{GROUP}:{PORT}", f"out0:{OUT}:{FIRST_PORT}", f"out1:{OUT}:{FIRST_PORT + 1}")
+    with Numbers(numbers_elf, star, 2) as numbers, numbers.load(GROUP, RATE) as load:
+        first = pinning(star, folder, pins, config).start()
+        first.wait_ready()
+        with fast.kernel_of(first) as kernel:
+            establish(load, first, kernel)
+        settled = load.sent
+        kill(first)
+        first.close()
+        await_round_trip(star)
+        outlives(load, numbers)
+        assert len(list(pins.glob("*/maps-*/land-1"))) == 1
+        with pinning(star, folder, pins, limit + config) as second:
+            eventually(lambda: {each["engine"] for each in second.flows()} == {"ebpf"}, "carried again", 20)
+            await_round_trip(star)
+            load.await_sent(RATE // 10)
+            sent = load.stop()
+            for output in range(2):
+                outcome = numbers.outcome(sent, output, first=settled)
+                say(f"merged, all killed{limit and ', other maps'}, output {output}", outcome, capsys)
+                assert outcome.perfect, outcome
+            assert len(list(pins.glob("*/maps-*/land-1"))) == 1, "the other one is gone"
+    assert not list(pins.glob("mrelay/*"))
+
+
+def await_round_trip(star: Star) -> None:
+    """Return when a copy to the last output has gone by lo."""
+    with Capture(star.relay, "lo") as round_trips:
+        assert round_trips.wait(1)[0].dport == FIRST_PORT + 1
+
+
+def test_two_relays_send_round(lab: Lab) -> None:
+    """In one namespace: what goes round is taken by the relay that sent it."""
+    fast.require()
+    star = lab.star(outputs=2, offload=True)
+    configs = [
+        rule("a", f"in0:239.1.1.{i}:5000", f"out0:{OUT}:{6000 + i}", f"out1:{OUT}:{7000 + i}") for i in (1, 2)
+    ]
+    with ExitStack() as stack:
+        relays = [stack.enter_context(Relay(star.relay, config)) for config in configs]
+        sender = stack.enter_context(Sender(star.source))
+        for i, relay in enumerate(relays, start=1):
+            group = f"239.1.1.{i}"
+            await_engine(relay, sender, group, "ebpf")
+            with Receiver(star.sink, "k1", 7000 + i, OUT) as receiver, Capture(star.relay, "lo") as round_trips:
+                sender.send_segmented(group, 5000, payloads(40))
+                assert receiver.receive(40) == payloads(40)
+                assert round_trips.wait(1)[0].dport == 7000 + i
 
 
 def test_rules_that_went_meanwhile_end_when_the_next_relay_is_up(

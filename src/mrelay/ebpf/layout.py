@@ -15,6 +15,7 @@ HOPS: Final = 2 * MAX_LINKS  # numbers of egress sockets
 RANGES: Final = 1 << 16
 PATIENCE: Final = 16384
 TAIL_UNKNOWN: Final = (1 << 64) - 1
+NO_PLACE: Final = 0xFFFFFFFF
 HOP_READY: Final = 1
 HOP_XDP: Final = 2
 DSCP_KEEP: Final = 0xFF

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from mrelay.ebpf.layout import MAPS, Sizes
-from mrelay.kernel.libbpf import Object
+from mrelay.kernel.libbpf import Object, map_id
 from mrelay.kernel.packet import SHORT
 
 _FOLDER: Final = Path(__file__).parent
@@ -60,10 +60,11 @@ def create_maps(sizes: Sizes) -> dict[str, int]:
 def load_relay(maps: Mapping[str, int], sizes: Sizes, *, lands: bool) -> int:
     """The program for tc ingress (libbpf.attach_ingress) over these maps, made with these sizes.
 
-    `lands`: the one of `load_land` is at the ingress of lo, so copies may go round by it.
+    `lands`: the one of `load_land` is at the ingress of lo; else nothing goes round by it.
     """
     with open_object(RELAY) as opened:
-        opened.set_constants(flows_per_processor=sizes.flows, short_bytes=SHORT, lands=lands)
+        round_id = map_id(maps["trips"]) if lands else 0
+        opened.set_constants(flows_per_processor=sizes.flows, short_bytes=SHORT, round_id=round_id)
         _load(opened, maps)
         return opened.program_fd("relay")
 
@@ -71,6 +72,7 @@ def load_relay(maps: Mapping[str, int], sizes: Sizes, *, lands: bool) -> int:
 def load_land(maps: Mapping[str, int]) -> int:
     """The program for the tcx ingress of lo (libbpf.attach_tcx), which sends on what goes round."""
     with open_object(LAND) as opened:
+        opened.set_constants(round_id=map_id(maps["trips"]))
         _load(opened, maps)
         return opened.program_fd("land")
 

@@ -15,7 +15,7 @@ from mrelay.kernel.libbpf import is_bpffs
 PIN_DIR: Final = Path("/sys/fs/bpf/mrelay")  # of every relay on a host, if nothing else is said
 LINK: Final = "link-"  # and an ifindex: the program's place at tc ingress of that interface
 XDP: Final = "xdp-"  # the same for XDP
-LAND: Final = "land-"  # the same for the program on lo
+LAND: Final = "land-"  # the same for the program on lo, in the folder of its maps
 MAPS: Final = "maps-"  # and a digest of what the maps in it were made for
 
 
@@ -32,14 +32,14 @@ def pin_folder(socket_path: str, pin_dir: Path) -> Path | None:
 
 
 def links(folder: Path, kind: str = LINK) -> dict[int, Path]:
-    """The pinned links of a kind (LINK, XDP, LAND) by ifindex."""
+    """The pinned links of a kind (LINK, XDP) by ifindex."""
     return {int(path.name.removeprefix(kind)): path for path in folder.glob(f"{kind}*")}
 
 
 def flush(folder: Path) -> int:
     """Remove a relay's pins: the kernel stops forwarding for it. How many interfaces that was at. OSError."""
     found = links(folder)
-    for path in (*links(folder, XDP).values(), *found.values()):  # before LAND: nothing goes round any more
+    for path in (*links(folder, XDP).values(), *found.values()):
         path.unlink()
     shutil.rmtree(folder)
     return len(found)

@@ -381,6 +381,13 @@ def pin(fd: int, path: str) -> None:
     _checked(_lib().bpf_obj_pin(fd, path.encode()), path)
 
 
+def map_id(fd: int) -> int:
+    """The kernel's number of a map, which no other has had since boot."""
+    with open(f"/proc/self/fdinfo/{fd}") as file:  # bpf_map_show_fdinfo, kernel/bpf/syscall.c
+        lines = dict(line.split(":") for line in file)
+    return int(lines["map_id"])
+
+
 def get_pinned(path: str) -> int:
     """A descriptor of the caller's own. OSError ENOENT if there is none."""
     return _checked(_lib().bpf_obj_get(path.encode()), path)

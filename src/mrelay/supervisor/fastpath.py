@@ -53,6 +53,8 @@ class FastPath:
         try:
             self._load(layout.sizes(workers, flow_limit, libbpf.possible_cpus()))
         except OSError as error:
+            if (new := self._maps_folder()) and not self._tc.adopted:
+                shutil.rmtree(new, ignore_errors=True)
             said, _, verifier = (error.strerror or str(error)).partition("\n")
             self.problem = f"the kernel refuses it: {said}"
             if verifier:
@@ -63,28 +65,23 @@ class FastPath:
         self._sizes = sizes
         self._prepare_folder()
         self.maps = self._pinned_maps()
-        for attached in self._all:
-            attached.adopted, attached.folder = bool(self.maps), self._folder
+        self._tc.adopted = self._xdp.adopted = bool(self.maps)
         self.maps = self.maps or load.create_maps(sizes)
-        self._tc.program = load.load_relay(self.maps, sizes, lands=self._attach_land())
+        self._tc.folder = self._xdp.folder = self._folder
         self._copier = load.load_copy(self.maps)
         self._filters = [load.load_rings(self.maps, worker) for worker in range(sizes.workers)]
         self._pin_maps()
+        self._tc.program = load.load_relay(self.maps, sizes, lands=self._attach_land())
 
     def _attach_land(self) -> bool:
-        """Before anything is sent round by lo; False: nothing may be."""
-        self._land.program = load.load_land(self.maps)
+        """Before anything is sent round by lo; False: nothing may be. It stays for as long as the maps."""
+        self._land.folder, self._land.program = self._maps_folder(), load.load_land(self.maps)
         try:
             self._land.attach(layout.LOOPBACK)
         except OSError as error:
-            log.info("no copies go round by lo (%s): flows of merged frames are slower", error.strerror)
+            log.info("no copies go round by lo (%s): merged frames are forwarded a little slower", error.strerror)
             return False
         return True
-
-    @property
-    def _all(self) -> tuple[Attached, ...]:
-        """In the order in which they are let go of."""
-        return self._xdp, self._tc, self._land
 
     def message(self) -> Message:
         """What control and workers are told; `fds` goes along."""
@@ -172,7 +169,7 @@ class FastPath:
         folder = self._maps_folder()
         if folder is None:
             return
-        if folder.exists() and {path.name for path in folder.iterdir()} == set(MAPS):
+        if folder.exists() and {path.name for path in folder.iterdir()} >= set(MAPS):
             return
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)
@@ -184,7 +181,7 @@ class FastPath:
         if self._folder is None or not self.maps:
             return
         current = self._maps_folder()
-        for attached in reversed(self._all):  # what is sent round has where to land
+        for attached in (self._xdp, self._tc):
             attached.leave_unclaimed()
         for path in self._folder.glob(f"{pins.MAPS}*"):
             if path != current:
@@ -200,8 +197,9 @@ class FastPath:
 
     def _forget(self) -> None:
         of_filters = (fd for pair in self._filters for fd in pair)
-        programs = (*(attached.program for attached in self._all), self._copier, *of_filters)
-        for attached in self._all:
+        places = self._xdp, self._tc, self._land  # in this order: what is sent round lands
+        programs = (*(attached.program for attached in places), self._copier, *of_filters)
+        for attached in places:
             attached.close()
         for fd in (*self.maps.values(), *programs):
             if fd >= 0:
