@@ -196,19 +196,39 @@ ALWAYS_INLINE void note_merging(const struct frame *frame, struct flow *flow)
         flow->single = single;
 }
 
+/* Whether a frame must not overtake what is on its way round: what goes another way, or what only follows as a whole. */
+ALWAYS_INLINE _Bool must_wait(const struct frame *frame, const struct flow *flow, struct trip *trip, __u32 reason)
+{
+    if (!trip || frame->returned || !is_away(trip))
+        return 0;
+    return reason != CARRIED || flow->length == 1 || trip->place != frame->start + flow->length - 1;
+}
+
+/* To all outputs, each of which can take it. */
+ALWAYS_INLINE int send_all(struct frame *frame, struct flow *flow, struct trip *trip)
+{
+    __u32 last = flow->length - 1, place = frame->start + last;
+    if (frame->skb->vlan_present)
+        bpf_skb_vlan_pop(frame->skb);
+    if (!last)
+        return send_last(frame, place);
+    _Bool round = trip && send_last_round(frame, trip, flow->slot, place);
+    if (last > round)
+        bpf_loop(last - round, send_copy, frame, 0);
+    return send_last(frame, place - round);
+}
+
 ALWAYS_INLINE int carry(struct frame *frame, struct flow *flow, struct bpf_sock_tuple *tuple, __u32 size)
 {
-    __u32 last = flow->length - 1, reason = judge(frame, flow, tuple, size);
+    __u32 reason = judge(frame, flow, tuple, size);
     if (reason == CARRIED && !trim(frame))
         reason = PASSED_SHAPE;
     if (flow->state != reason)
         flow->state = reason;
     note_merging(frame, flow);
     note_stamp(frame->skb, flow);
-    __u32 slot = flow->slot, place = frame->start + last;
-    struct trip *trip = round_id ? trip_of(slot) : 0;
-    if (trip && !frame->returned && is_away(trip) && (reason != CARRIED || !last || trip->place != place) &&
-        send_frame_round(frame, trip, slot))
+    struct trip *trip = round_id ? trip_of(flow->slot) : 0;
+    if (must_wait(frame, flow, trip, reason) && send_frame_round(frame, trip, flow->slot))
         return TC_ACT_SHOT;
     if (reason != CARRIED) {
         __sync_fetch_and_add(&flow->left, 1);
@@ -217,12 +237,7 @@ ALWAYS_INLINE int carry(struct frame *frame, struct flow *flow, struct bpf_sock_
     if (flow->limit && !admit(frame, flow))
         return TC_ACT_SHOT;
     count_carried(frame, flow);
-    if (frame->skb->vlan_present)
-        bpf_skb_vlan_pop(frame->skb);
-    _Bool round = trip && last && send_last_round(frame, trip, slot, place);
-    if (last > round)
-        bpf_loop(last - round, send_copy, frame, 0);
-    return send_last(frame, place - round);
+    return send_all(frame, flow, trip);
 }
 
 ALWAYS_INLINE int relay4(struct __sk_buff *skb, _Bool returned)

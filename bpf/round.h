@@ -28,7 +28,7 @@ enum round {
 #define ROUND_INDEX (0x8000 | (round_id & 0x1fff) << 2)
 #define SLOT_BITS 23 /* layout.py, _COUNTS_MOST */
 #define ROUND_MARK (round_id >> 13 << SLOT_BITS)
-#define SLOT_MASK ((1 << SLOT_BITS) - 1)
+#define SLOT_MASK ((1U << SLOT_BITS) - 1)
 
 #define LOOPBACK 1      /* LOOPBACK_IFINDEX, net/net_namespace.h */
 #define MANY 8          /* segments: from so many on the pages are worth it */

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mrelay.ebpf.layout import MAPS
+from mrelay.ebpf.layout import MAPS, PROGRAMS_OWN
 from mrelay.kernel import caps
 from netns.lab import Lab, Namespace, eventually
 from netns.relay import Relay, rule
@@ -242,7 +242,7 @@ def test_children_have_the_descriptors_that_were_meant_for_them(lab: Lab) -> Non
             found.pop("anon_inode:[io_uring]", None)  # where the host allows it
             # The fast path's maps without the programs' own, and the program in devmaps; two rings, each once more
             # for its mapping; its two channels.
-            maps = {"anon_inode:bpf-map": len(MAPS) - 1, "anon_inode:bpf-prog": 1}
+            maps = {"anon_inode:bpf-map": len(MAPS) - len(PROGRAMS_OWN), "anon_inode:bpf-prog": 1}
             own = {"/dev/null": 2, "log": 1, "unix": 2, "packet": 4, "udp": 1, "counters": 1, "pulse": 1}
             assert found == maps | own
         (control,) = relay.role("control")
@@ -254,7 +254,7 @@ def test_children_have_the_descriptors_that_were_meant_for_them(lab: Lab) -> Non
             "log": 1,
             "state": 1,
             "anon_inode:[eventpoll]": 1,
-            "anon_inode:bpf-map": len(MAPS) - 1,
+            "anon_inode:bpf-map": len(MAPS) - len(PROGRAMS_OWN),
             "anon_inode:bpf-prog": 1,
             "netlink": 2,
             "counters": workers,

@@ -75,6 +75,7 @@ MAPS: Final = (
     *("flows4", "flows6", "route", "outputs", "hops", "broadcasts", "counts", "passed", "limits", "progress"),
     *("ranges", "turns", "trips", *DEVMAPS),
 )  # fmt: skip
+PROGRAMS_OWN: Final = ("turns", "trips")  # that neither control nor workers read
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +138,7 @@ class Sizes:
         return (worker * HALVES + half) * self.outputs
 
 
-_COUNTS_MOST: Final = 1 << 23  # entries of `counts`: 200 MB at most, on hosts with many processors
+_COUNTS_MOST: Final = 1 << 23  # entries of `counts`, 200 MB at most; bpf/round.h, SLOT_BITS
 
 
 def sizes(workers: int, flow_limit: int, cpus: int) -> Sizes:

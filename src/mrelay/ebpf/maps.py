@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mrelay.counters_size import MAX_RULES
 from mrelay.ebpf import layout
-from mrelay.ebpf.layout import DEVMAPS, MAPS, PASSED_REASONS, Sizes
+from mrelay.ebpf.layout import DEVMAPS, MAPS, PASSED_REASONS, PROGRAMS_OWN, Sizes
 from mrelay.kernel.bpf import Map, map_memory
 from mrelay.messages import FastPath
 from mrelay.model.ruleset import FlowKey
@@ -56,7 +56,7 @@ class Maps:
         """Takes over the descriptors."""
         *of_maps, self.copier = fds
         by_name = dict(zip(MAPS, of_maps, strict=True))
-        for name in ("turns", "trips"):  # the programs' own
+        for name in PROGRAMS_OWN:
             os.close(by_name[name])
         entries = sizes.entries()
         self.sizes = sizes
