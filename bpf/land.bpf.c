@@ -11,7 +11,9 @@ SEC("tc") int land(struct __sk_buff *skb)
         return TC_ACT_SHOT; /* can't be: the slot is of a flow */
     if (kind == ROUND_FRAME) {
         set_index(skb, ROUND_INDEX + RETURNED);
-        return bpf_redirect(trip->iif, BPF_F_INGRESS);
+        if (bpf_clone_redirect(skb, trip->iif, BPF_F_INGRESS)) /* dropped, as any that comes in by then */
+            come_back(trip);
+        return TC_ACT_SHOT;
     }
     skb->mark = 0;
     set_index(skb, 0);

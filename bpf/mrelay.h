@@ -124,10 +124,10 @@ struct count {
 /* ---- trips: array, [slot of `counts`] (F at tc): what of a flow is on its way round by lo (round.h) ---- */
 
 struct trip {
+    __u64 moved;   /* when the first left of those that are away, or one last came back, in jiffies */
+    __u64 again;   /* not before, in jiffies */
     __u32 away;    /* copies and frames (atomically) */
-    __u32 since;   /* when the first of them left, in jiffies */
     __u32 place;   /* the copies' place in `route`; NO_PLACE: there are frames */
-    __u32 refused; /* when lo took none, in jiffies */
     __u32 ifindex; /* the copies leave by it */
     __u32 iif;     /* the frames came in by it */
 };

@@ -127,13 +127,13 @@ ALWAYS_INLINE _Bool send_last_round(const struct frame *frame, struct trip *trip
     if (!ifindex || (away && ifindex != trip->ifindex))
         return 0;
     if (!away) {
-        trip->since = bpf_jiffies64();
+        trip->moved = bpf_jiffies64();
         trip->place = place;
         trip->ifindex = ifindex;
     }
     if (send_round(frame->skb, trip, slot, ROUND_COPY))
         return 1;
-    trip->refused = bpf_jiffies64();
+    trip->again = bpf_jiffies64() + LONG_AGO;
     if (away) /* directly it would overtake */
         count_error(frame, output);
     return away;

@@ -33,6 +33,7 @@ enum round {
 #define LOOPBACK 1      /* LOOPBACK_IFINDEX, net/net_namespace.h */
 #define MANY 8          /* segments: from so many on the pages are worth it */
 #define LONG_AGO 100    /* jiffies: 0.1 to 1 s */
+#define A_WHILE 100000  /* jiffies: 2 to 17 minutes */
 #define NO_PLACE (~0U)
 
 ALWAYS_INLINE enum round round_of(const struct __sk_buff *skb)
@@ -46,19 +47,23 @@ ALWAYS_INLINE struct trip *trip_of(__u32 slot)
     return bpf_map_lookup_elem(&trips, &slot);
 }
 
-/* Whether something of the flow is on its way. What does not come back is lost: an interface went away. */
+/* Whether something of the flow is on its way. What does not come back is lost: an interface went away, or something
+ * else is at lo that takes it; so the flow is not sent that way for a while. */
 ALWAYS_INLINE _Bool is_away(struct trip *trip)
 {
     if (!READ_ONCE(trip->away))
         return 0;
-    if ((__u32)bpf_jiffies64() - trip->since < LONG_AGO)
+    __u64 now = bpf_jiffies64();
+    if (now - READ_ONCE(trip->moved) < LONG_AGO)
         return 1;
     trip->away = 0;
+    trip->again = now + A_WHILE;
     return 0;
 }
 
 ALWAYS_INLINE void come_back(struct trip *trip)
 {
+    trip->moved = bpf_jiffies64();
     if (READ_ONCE(trip->away)) /* 0: it was taken for lost */
         __sync_fetch_and_add(&trip->away, -1);
 }
@@ -91,7 +96,7 @@ ALWAYS_INLINE _Bool send_round(struct __sk_buff *skb, struct trip *trip, __u32 s
 ALWAYS_INLINE _Bool may_go(const struct __sk_buff *skb, const struct trip *trip, __u32 datagrams)
 {
     return datagrams >= MANY && !skb->mark && !skb->priority &&
-           (__u32)bpf_jiffies64() - trip->refused >= LONG_AGO;
+           bpf_jiffies64() >= trip->again;
 }
 
 #endif

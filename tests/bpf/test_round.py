@@ -65,7 +65,7 @@ def two(path: FastPath) -> FastPath:
 
 def has_tried(path: FastPath) -> bool:
     """Whether a copy was to go round. (The kernel sends no merged frame of BPF_PROG_TEST_RUN anywhere.)"""
-    return bool(trip(path)["since"])
+    return bool(trip(path)["moved"])
 
 
 def leave(path: FastPath, place: int = 1, ifindex: int = LOOPBACK) -> None:
@@ -73,7 +73,7 @@ def leave(path: FastPath, place: int = 1, ifindex: int = LOOPBACK) -> None:
     path.run(BURST, EIGHT)
     path.arrays["counts"][:] = 0
     path.arrays["outputs"]["errors"] = 0
-    set_trip(path, away=1, place=place, since=int(trip(path)["since"]), ifindex=ifindex)
+    set_trip(path, away=1, place=place, moved=int(trip(path)["moved"]), ifindex=ifindex)
 
 
 @pytest.fixture
@@ -159,11 +159,17 @@ def test_an_output_by_another_interface_waits_for_nobody(two: FastPath, elsewher
 def test_what_never_comes_back_is_forgotten(two: FastPath) -> None:
     """After 100 jiffies: an interface went away."""
     leave(two)
-    since = int(trip(two)["since"])
-    set_trip(two, away=2, place=NO_PLACE, since=since - 100 & 0xFFFFFFFF)
+    moved = int(trip(two)["moved"])
+    set_trip(two, away=2, place=NO_PLACE, moved=moved - 100)
     assert two.run(bytes_of(v4(ttl=1)))[0] == TCX_NEXT
     assert trip(two)["away"] == 0
     assert two.passed() == {"ttl": 1}
+    again = int(trip(two)["again"])
+    assert again >= moved + 100_000, "nothing of this flow goes that way for a while"
+    set_trip(two, again=again)
+    two.enter(KEY4)
+    assert two.run(BURST, EIGHT)[0] == TC_ACT_REDIRECT
+    assert not has_tried(two)
 
 
 def test_lo_takes_no_more(two: FastPath, home: Namespace, elsewhere: int) -> None:
@@ -200,8 +206,9 @@ class Wire:
                 values = {"ifindex": socket.if_nametoindex(f"out{i}"), "own_mac": star.relay.mac(f"out{i}")}
                 path.set_hop(i, **values, source=packed(f"10.1.{i}.1"))
                 path.set_hop(2 + i, **values, source=packed(f"fd00:1:{i}::1"))
-            for program, ifindex in ((path.land, LOOPBACK), (path.program, self.iif)):
-                stack.callback(libbpf.attach_tcx(program, ifindex).close)
+            stack.callback(libbpf.attach_tcx(path.program, LOOPBACK).close)  # an input, too
+            stack.callback(libbpf.attach_tcx(path.land, LOOPBACK, first=True).close)
+            stack.callback(libbpf.attach_tcx(path.program, self.iif).close)
 
     def install(self, *, six: bool = False, vlan: int = 0) -> None:
         """The flow."""
@@ -214,7 +221,7 @@ class Wire:
         with Sender(self.star.source) as sender, Receiver(self.star.sink, "k1", 6001, OUT4) as receiver:
             sender.send_segmented(G4, 5000, payloads(8, 100))
             receiver.receive(8)
-        return int(trip(self.path)["since"])
+        return int(trip(self.path)["moved"])
 
 
 @pytest.fixture
@@ -254,10 +261,10 @@ def test_a_burst_comes_to_both(wire: Wire, six: bool) -> None:
 def test_a_frame_that_waited_is_forwarded(wire: Wire, vlan: int) -> None:
     """Back at its interface, once, with its tag; what it waited for is still away."""
     wire.install()
-    since = wire.now()
+    moved = wire.now()
     wire.install(vlan=vlan)
     before = wire.path.counted(SLOT)
-    set_trip(wire.path, away=1, place=NO_PLACE, since=since)
+    set_trip(wire.path, away=1, place=NO_PLACE, moved=moved)
     with ExitStack() as stack:
         round_trips = stack.enter_context(Capture(wire.star.relay, "lo"))
         sinks = [stack.enter_context(Capture(wire.star.sink, f"k{i}")) for i in range(2)]
@@ -276,8 +283,8 @@ def test_a_frame_that_waited_is_forwarded(wire: Wire, vlan: int) -> None:
 def test_a_frame_for_the_slow_path_is_passed_on_once(wire: Wire) -> None:
     """When it is back; the packet sockets that get what tc passed on see it once."""
     wire.install()
-    since = wire.now()
-    set_trip(wire.path, away=1, place=NO_PLACE, since=since)
+    moved = wire.now()
+    set_trip(wire.path, away=1, place=NO_PLACE, moved=moved)
     with wire.star.relay.inside():
         ring = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
     with ring:
@@ -291,6 +298,18 @@ def test_a_frame_for_the_slow_path_is_passed_on_once(wire: Wire) -> None:
     assert wire.path.passed()["ttl"] == 1
     assert wire.path.flow(key(SOURCE, G4, 5000, ifindex=wire.iif))["left"] == 1
     assert trip(wire.path)["away"] == 1
+
+
+def test_it_is_no_input_s(wire: Wire) -> None:
+    """A flow of lo has the copy's very addresses, and its program is there: the copy is not taken for its."""
+    wire.install()
+    wire.path.install(key("10.1.1.1", OUT4, 6001), Out(OUT4, 6000), Out(OUT4, 6001, hop=1), slot=SLOT + 1)
+    sent = payloads(8, 1000)
+    with Sender(wire.star.source) as sender, Receiver(wire.star.sink, "k1", 6001, OUT4) as receiver:
+        sender.send_segmented(G4, 5000, sent)
+        assert receiver.receive(8) == sent
+    assert wire.path.counted(SLOT) == (8, 8000)
+    assert wire.path.counted(SLOT + 1) == (0, 0)
 
 
 def test_others_frames_on_lo_pass(wire: Wire) -> None:

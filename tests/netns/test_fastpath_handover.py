@@ -132,6 +132,23 @@ def test_outputs_change_places_under_load(
         settle(relay, sent)
 
 
+def test_order_at_full_speed(star: Star, numbers_elf: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    """As fast as the source can, several frames a poll: those behind a copy that went round do not overtake it."""
+    config = rule("a", FROM, TO, SECOND)
+    with numbered(numbers_elf, star, config) as (numbers, _, kernel), Capture(star.relay, "lo") as round_trips:
+        with numbers.load(GROUP, RATE) as load:
+            await_carried(kernel, RATE // 10)
+            numbers.outcome(load.stop())
+        with numbers.load(GROUP, 30 * RATE) as load:
+            await_carried(kernel, 5 * RATE)
+            sent = load.stop()
+        for output in range(2):
+            outcome = numbers.outcome(sent, output)
+            report(f"full speed, output {output}", outcome, kernel, capsys)
+            assert (outcome.doubled, outcome.late) == (0, 0), outcome
+        assert round_trips.arrived(), "copies went round"
+
+
 def test_the_only_rule_is_replaced_under_load(
     star: Star, numbers_elf: bytes, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,7 +57,7 @@ HOP: Final[Fields] = [
     ("source", "u1", 16), ("changes", "<u4"), ("reserved", "<u4"),
 ]  # fmt: skip
 TRIP: Final[Fields] = [
-    ("away", "<u4"), ("since", "<u4"), ("place", "<u4"), ("refused", "<u4"), ("ifindex", "<u4"), ("iif", "<u4"),
+    ("moved", "<u8"), ("again", "<u8"), ("away", "<u4"), ("place", "<u4"), ("ifindex", "<u4"), ("iif", "<u4"),
 ]  # fmt: skip
 COUNT: Final[Fields] = [("packets", "<u8"), ("bytes", "<u8"), ("limited", "<u8")]
 METER: Final[Fields] = [("cost", "<u8"), ("burst", "<u8"), ("due", "<u8")]

@@ -22,6 +22,7 @@ SONAME: Final = "libbpf.so.1"
 # linux/bpf.h
 BPF_XDP: Final = 37
 BPF_TCX_INGRESS: Final = 46
+BPF_F_BEFORE: Final = 1 << 3
 BPF_TC_INGRESS: Final = 1  # bpf/libbpf.h, enum bpf_tc_attach_point
 BPF_TC_F_REPLACE: Final = 1
 XDP_FLAGS_DRV_MODE: Final = 1 << 2  # linux/if_link.h
@@ -348,9 +349,13 @@ def attach_ingress(program: int, ifindex: int, *, tcx: bool = True) -> TcxLink |
     return ClsactFilter(program, ifindex)
 
 
-def attach_tcx(program: int, ifindex: int) -> TcxLink:
-    """At tcx ingress. OSError: EINVAL is what kernels before 6.6 say, which do not know it."""
-    return TcxLink(_checked(_lib().bpf_link_create(program, ifindex, BPF_TCX_INGRESS, None), "bpf_link_create"))
+def attach_tcx(program: int, ifindex: int, *, first: bool = False) -> TcxLink:
+    """At tcx ingress, behind the programs that are there or before them.
+
+    OSError: EINVAL is what kernels before 6.6 say, which do not know it.
+    """
+    options = _LinkOptions(flags=BPF_F_BEFORE if first else 0)
+    return TcxLink(_checked(_lib().bpf_link_create(program, ifindex, BPF_TCX_INGRESS, options), "bpf_link_create"))
 
 
 def attach_xdp(program: int, ifindex: int) -> XdpLink:

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 from mrelay.ebpf import layout, load, pins
@@ -41,7 +42,7 @@ class FastPath:
         self._copier = -1
         self._tc = Attached(pins.LINK, libbpf.TcxLink, libbpf.attach_ingress)
         self._xdp = Attached(pins.XDP, libbpf.XdpLink, libbpf.attach_xdp)
-        self._land = Attached(pins.LAND, libbpf.TcxLink, libbpf.attach_tcx)
+        self._land = Attached(pins.LAND, libbpf.TcxLink, partial(libbpf.attach_tcx, first=True))
 
     def start(self, workers: int, flow_limit: int) -> None:
         """Load it, once; `problem` says what was in the way."""
