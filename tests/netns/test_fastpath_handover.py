@@ -132,14 +132,14 @@ def test_outputs_change_places_under_load(
         settle(relay, sent)
 
 
-def test_order_at_full_speed(star: Star, numbers_elf: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+def test_order_at_full_speed(lab: Lab, numbers_elf: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     """As fast as the source can, several frames a poll: those behind a copy that went round do not overtake it."""
-    config = rule("a", FROM, TO, SECOND)
+    star, config = lab.star(outputs=2, mtu=9000, offload=True), rule("a", FROM, TO, SECOND)
     with numbered(numbers_elf, star, config) as (numbers, _, kernel), Capture(star.relay, "lo") as round_trips:
         with numbers.load(GROUP, RATE) as load:
             await_carried(kernel, RATE // 10)
             numbers.outcome(load.stop())
-        with numbers.load(GROUP, 30 * RATE) as load:
+        with numbers.load(GROUP, 30 * RATE, size=2000) as load:
             await_carried(kernel, 5 * RATE)
             sent = load.stop()
         for output in range(2):
