@@ -108,6 +108,18 @@ def in_service(relay: Relay, role: str) -> list[int]:
 # ---- all of them ----
 
 
+def killed_at_work(load: Load, relay: Relay) -> int:
+    """Start it, and kill all of it once it carries the load: how much had been sent by then."""
+    relay.start()
+    relay.wait_ready()
+    with fast.kernel_of(relay) as kernel:
+        establish(load, relay, kernel)
+    settled = load.sent
+    kill(relay)
+    relay.close()
+    return settled
+
+
 def outlives(load: Load, numbers: Numbers) -> None:
     """It arrives though no process of the relay is there."""
     came = numbers.came()
@@ -126,13 +138,7 @@ def test_all_processes_are_killed(
 ) -> None:
     """The next start takes the maps over, or replaces them by others; each datagram is counted once since then."""
     with numbers.load(GROUP, RATE, flows=FLOWS) as load:
-        first = pinning(star, folder, pins).start()
-        first.wait_ready()
-        with fast.kernel_of(first) as kernel:
-            establish(load, first, kernel)
-        settled = load.sent
-        kill(first)
-        first.close()
+        settled = killed_at_work(load, pinning(star, folder, pins))
         outlives(load, numbers)
         before = load.sent
         with pinning(star, folder, pins, limit + CONFIG) as second, fast.kernel_of(second) as kernel:
@@ -162,13 +168,7 @@ def test_what_goes_round_outlives_it_too(
     star = lab.star(outputs=2, offload=True)
     config = rule("a", f"in0:{GROUP}:{PORT}", f"out0:{OUT}:{FIRST_PORT}", f"out1:{OUT}:{FIRST_PORT + 1}")
     with Numbers(numbers_elf, star, 2) as numbers, numbers.load(GROUP, RATE) as load:
-        first = pinning(star, folder, pins, config).start()
-        first.wait_ready()
-        with fast.kernel_of(first) as kernel:
-            establish(load, first, kernel)
-        settled = load.sent
-        kill(first)
-        first.close()
+        settled = killed_at_work(load, pinning(star, folder, pins, config))
         await_round_trip(star)
         outlives(load, numbers)
         assert len(list(pins.glob("*/maps-*/land-1"))) == 1
