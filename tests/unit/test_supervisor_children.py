@@ -1,12 +1,12 @@
 """Children as real processes: those that end at once, of another version, or that cannot be started."""
 
-import os
 import select
 import subprocess
 import sys
 
 import pytest
 
+from descriptors import none_leaks
 from mrelay import __version__
 from mrelay.child import EX_PROTOCOL
 from mrelay.supervisor import children
@@ -74,11 +74,10 @@ def test_one_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPat
 def test_a_start_that_fails_leaks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nonexistent/python")
     child = Child("x", "mrelay.worker", NOBODY, NOBODY)
-    before = os.listdir("/proc/self/fd")
-    for _ in range(3):
-        with pytest.raises(FileNotFoundError):
-            child.start()
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    with none_leaks():
+        for _ in range(3):
+            with pytest.raises(FileNotFoundError):
+                child.start()
 
 
 def test_a_child_has_nothing_of_ours_but_stderr_its_channel_and_its_pulse(
