@@ -61,13 +61,14 @@ def slow_disk(
 
 
 def test_a_rule_that_is_added_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is in force, its group joined, while it is saved; answered when it is on disk."""
+    """It is in force, its group joined, before it is saved; answered when it is on disk."""
 
     async def work() -> None:
         async with relay(tmp_path) as it:
-            _, go_on = slow_disk(monkeypatch)
+            saving, go_on = slow_disk(monkeypatch)
             adding = asyncio.create_task(it.api("POST", "/v1/rules", RULE_A))
-            await until(lambda: any(isinstance(what, JoinGroup) for what in it.fake.held))
+            await until(saving)
+            assert any(isinstance(what, JoinGroup) for what in it.fake.held)
             assert len(it.fake.workers[0].rules) == 1
             assert it.saved()["rules"] == []
             assert not adding.done()

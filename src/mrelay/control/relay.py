@@ -144,20 +144,14 @@ class Relay:
     async def add(self, table: Table) -> Table:
         """Add a rule; as in /v1/rules. Raises ConfigError, Exists, OSError (not saved).
 
-        Its stream does not wait for the disk, the answer does.
+        Its stream does not wait for the disk, nor for what it takes to write there; the answer does.
         """
         (rule,) = parse_rules([table], "")
         async with self._book.lock:
             if any(rule.name == other.name for other in self._book.rules):
                 raise Exists(rule.name)
             state = self._book.checked([*self._book.rules, rule])
-            in_force = asyncio.create_task(self._reconciler.settled())
-            try:  # adopts it before the task begins
-                await self._book.extend(state)
-            except OSError:
-                await self._reconciler.settled()  # without the rule
-                raise
-        await in_force
+            await self._book.extend(state, self._reconciler.settled)
         return self.rule(rule.name)
 
     async def change(self, name: str, table: Table) -> Table:

@@ -1,11 +1,11 @@
 """The running rules, and how they change: every change is checked, saved, then in force.
 
-A rule that is added is in force while it is saved. Owns the State in memory. Called by main (start, reload) and
+A rule that is added is in force first. Owns the State in memory. Called by main (start, reload) and
 relay (the API); read by reconcile and stats. Nothing blocks: the file is written in a thread.
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from mrelay.control.events import EventLog, RuleAdded, RuleChanged, RuleRemoved
@@ -107,17 +107,19 @@ class Rulebook:
         await asyncio.to_thread(self._file.save, state)
         self.adopt(state)
 
-    async def extend(self, state: State) -> None:
-        """Adopt what `checked` gave, and save it meanwhile; OSError when it can't be saved, then it is as before.
+    async def extend(self, state: State, in_force: Callable[[], Awaitable[None]]) -> None:
+        """Adopt what `checked` gave, and save it when it is `in_force`; OSError when that fails, then it is as before.
 
         For a state that has all of the rules that run: taking back what it adds harms none of them.
         """
         before = self._state
         self.adopt(state)
+        await in_force()
         try:
             await asyncio.to_thread(self._file.save, state)
         except OSError:
             self.adopt(before)
+            await in_force()
             raise
 
     def adopt(self, state: State) -> None:
