@@ -108,7 +108,7 @@ class Rulebook:
         self.adopt(state)
 
     async def extend(self, state: State, in_force: Callable[[], Awaitable[None]]) -> None:
-        """Adopt what `checked` gave, and save it when it is `in_force`; OSError when that fails, then it is as before.
+        """Adopt what `checked` gave; when it is `in_force`, save it. OSError if that fails: then it is as before.
 
         For a state that has all of the rules that run: taking back what it adds harms none of them.
         """

@@ -100,10 +100,10 @@ class Attached:
             self._links[ifindex] = self._new_link(ifindex)
 
     def close(self) -> None:
-        """Let go of all links; those that are pinned go on."""
+        """Let go of all links; those that are pinned go on. It is as new then."""
         for link in self._links.values():
             link.close()
-        self._links, self.program = {}, -1
+        self._links, self._uses, self._old, self.program = {}, {}, set(), -1
 
 
 def pin(fd: int, path: Path) -> None:

@@ -70,7 +70,8 @@ class FastPath:
         self.maps = self.maps or load.create_maps(sizes)
         self._tc.folder = self._xdp.folder = self._folder
         self._copier = load.load_copy(self.maps)
-        self._filters = [load.load_rings(self.maps, worker) for worker in range(sizes.workers)]
+        for worker in range(sizes.workers):  # one by one: those before one that is refused are closed
+            self._filters.append(load.load_rings(self.maps, worker))
         self._pin_maps()
         self._tc.program = load.load_relay(self.maps, sizes, lands=self._attach_land())
 
