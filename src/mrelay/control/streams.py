@@ -195,6 +195,7 @@ class Streams:
     # ---- judging ---------------------------------------------------------------------------------
 
     def _judge(self, now: float) -> None:
+        self._judge_quiet(now)  # first: that a rule was heard comes before that its stream is silent again
         for key, stream in list(self.streams.items()):
             hearing = self._ears.by_key.get(Ear(key.ifindex, stream.health.sample))
             figures = stream.meter.figures()
@@ -207,11 +208,12 @@ class Streams:
             self._tell(stream.rule, key, stream.alarms.judge(values, now))
             if now - stream.heard > FORGET:
                 self._forget(key)
+
+    def _judge_quiet(self, now: float) -> None:
         heard = {stream.rule for stream in self.streams.values()}
         for name, (since, alarms) in self._quiet.items():
-            values = {"silence": 0.0 if name in heard else now - since}
             if not self._deaf(name):
-                self._tell(name, None, alarms.judge(values, now))
+                self._tell(name, None, alarms.judge({"silence": 0.0 if name in heard else now - since}, now))
 
     def _deaf(self, name: str) -> bool:
         """Whether the rule's taps are not (yet) there, so that silence says nothing."""
