@@ -1,7 +1,8 @@
-"""The supervisor's fast path when the kernel refuses a program: nothing is left, and it may be tried again."""
+"""The supervisor's fast path when the kernel refuses a program, an interface goes, or pins do."""
 
 import errno
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,20 +13,26 @@ from descriptors import none_leaks
 from mrelay.ebpf import layout, load
 from mrelay.supervisor.fastpath import FastPath
 from netns import fast
-from netns.lab import Lab
+from netns.lab import Lab, Namespace
 
 pytestmark = pytest.mark.netns
 REFUSAL = OSError(errno.EACCES, "Permission denied\nR1 invalid mem access")
 
 
 @pytest.fixture
-def mine(lab: Lab, pins: Path) -> Iterator[Path]:
-    """A folder to pin in; this thread is in a namespace of its own, with lo and in0."""
+def host(lab: Lab) -> Iterator[Namespace]:
+    """A namespace with lo and in0; this thread is in it."""
     fast.require()
     namespace = lab.namespace("relay")
     namespace.ip("link add in0 up type veth peer name other")
     with namespace.inside():
-        yield pins / "mine"
+        yield namespace
+
+
+@pytest.fixture
+def mine(host: Namespace, pins: Path) -> Path:
+    """A folder to pin in."""
+    return pins / "mine"
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, name: str, *, after: int = 0) -> None:
@@ -72,7 +79,7 @@ def test_a_program_refused_leaves_nothing(
 
 
 def test_it_is_at_lo_when_the_second_try_succeeds(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A control that is started again asks again. What goes round by lo needs a program there that sends it on."""
+    """As for a control that died before workers ran. What goes round by lo needs a program there to send it on."""
     made = FastPath(mine)
     with monkeypatch.context() as once:
         refuse(once, "load_relay")
@@ -99,3 +106,32 @@ def test_a_refusal_leaves_what_forwards(mine: Path, monkeypatch: pytest.MonkeyPa
     second.start(1, 1000)
     assert second.problem
     assert sorted(mine.rglob("*")) == pinned
+
+
+def test_an_interface_that_goes_while_its_program_is_replaced(host: Namespace, mine: Path) -> None:
+    """One of another size was there; it goes between taking over and the rules: no end of the supervisor."""
+    first = FastPath(mine)
+    first.start(1, 1000)
+    first.attach(in0 := socket.if_nametoindex("in0"))
+    first.end(keep=True)
+    second = FastPath(mine)
+    second.start(1, 2000)
+    second.attach(in0)
+    host.ip("link del in0")
+    second.leave_unclaimed()
+    assert places() == [("tcx", layout.LOOPBACK)]
+    second.detach(in0)
+    second.end(keep=False)
+    assert not mine.exists()
+
+
+def test_pins_that_somebody_removed(mine: Path) -> None:
+    """The relay ends in good order all the same."""
+    made = FastPath(mine)
+    made.start(1, 1000)
+    made.attach(in0 := socket.if_nametoindex("in0"))
+    shutil.rmtree(mine)
+    made.leave_unclaimed()
+    assert sorted(places()) == [("tcx", layout.LOOPBACK), ("tcx", in0)]
+    made.end(keep=False)
+    assert not places()

@@ -1,5 +1,8 @@
 """What the service manager is told, and when."""
 
+import contextlib
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +47,18 @@ def test_ready_once_and_reloads(manager: Manager, capsys: pytest.CaptureFixture[
     assert [(m.get("READY"), m.get("RELOADING")) for m in manager.said] == [("1", None), (None, "1"), ("1", None)]
     assert "MONOTONIC_USEC" in manager.said[1]
     assert capsys.readouterr().out == "ready\n"
+
+
+def test_ready_though_nobody_reads_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    out = os.fdopen(writer, "w")
+    monkeypatch.setattr(sys, "stdout", out)
+    service = Service()
+    service.announce("2 of 2 rules up")
+    assert service.ready
+    with contextlib.suppress(BrokenPipeError):  # what it could not write
+        out.close()
 
 
 def test_status_is_told_when_it_changes(manager: Manager) -> None:

@@ -47,8 +47,9 @@ class Attached:
             return
         if path := self._path(ifindex):
             path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # the interface may be gone
-            self._links.pop(ifindex).close()
+        if (link := self._links.pop(ifindex, None)) is not None:
+            with contextlib.suppress(OSError):  # the interface may be gone
+                link.close()
 
     def _path(self, ifindex: int) -> Path | None:
         return self.folder and self.folder / f"{self._kind}{ifindex}"
@@ -88,7 +89,7 @@ class Attached:
         self._old.clear()
         for ifindex, path in pins.links(self.folder, self._kind).items() if self.folder else ():
             if ifindex not in self._links:
-                path.unlink()
+                path.unlink(missing_ok=True)
 
     def _replace(self, ifindex: int) -> None:
         try:
@@ -97,7 +98,10 @@ class Attached:
             self._links.pop(ifindex).close()
             if path := self._path(ifindex):
                 path.unlink(missing_ok=True)
-            self._links[ifindex] = self._new_link(ifindex)
+            try:
+                self._links[ifindex] = self._new_link(ifindex)
+            except OSError as error:
+                log.warning("no fast path at interface %d: %s", ifindex, error.strerror)
 
     def close(self) -> None:
         """Let go of all links; those that are pinned go on. It is as new then."""

@@ -187,14 +187,17 @@ class FastPath:
             attached.leave_unclaimed()
         for path in self._folder.glob(f"{pins.MAPS}*"):
             if path != current:
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
 
     # ---- the end -----------------------------------------------------------------------------
 
     def end(self, *, keep: bool) -> None:
         """Let go of all of it. `keep`: what is pinned goes on forwarding."""
         if self._folder is not None and self.maps and not keep:
-            pins.flush(self._folder)
+            try:
+                pins.flush(self._folder)
+            except OSError as error:
+                log.warning("cannot remove what is pinned in %s: %s", self._folder, error.strerror)
         self._forget()
 
     def _forget(self) -> None:

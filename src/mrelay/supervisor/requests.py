@@ -160,7 +160,8 @@ class Requests:
         self._check_workers(asked)
         fast = self._resources.fast
         if asked.fast:
-            fast.start(len(asked.cores), asked.flow_limit)
+            if not self._workers:  # one that was refused stays so: those that run have no part of it
+                fast.start(len(asked.cores), asked.flow_limit)
             self._control.tell(fast.message(), fast.fds())
         if not self._workers:
             self._resources.workers = len(asked.cores)

@@ -6,6 +6,7 @@ sent, and a restart that follows costs nothing. One child that hangs or crashes 
 Nothing here blocks.
 """
 
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Final, Protocol
@@ -45,7 +46,8 @@ class Service:
         """The start, or a reload, is over; `status` is control's line."""
         if not self._ready:
             self._ready = True
-            print("ready", flush=True)
+            with contextlib.suppress(OSError):  # whoever reads it has left, or the disk is full: no reason to end
+                print("ready", flush=True)
         self._status = self._told = status
         notify.ready(status)
 
